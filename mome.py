@@ -1,0 +1,307 @@
+"""The mixture-of-modality-experts Transformer of VLMo: Sections 3.1 and 3.2, and the heads of 3.3.
+
+Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP], N patches, S rows of a sequence (T, 1+N or T+1+N),
+R the leading rows of it that somebody reads, D dim, H heads, L layers, F vision-language layers, V vocabulary.
+A pair is text first, then image: [T_CLS] is row 0, [I_CLS] is row T. Masks: True = real token; they hide keys only.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Config:
+    """The architecture. Raises ValueError where fields do not fit together."""
+
+    dim: int = 768
+    layers: int = 12
+    heads: int = 12
+    vl_layers: int = 2  # F: the top layers, where a pair meets the vision-language expert
+    image_size: int = 224
+    patch_size: int = 16
+    vocab_size: int = 30522
+    max_text_len: int = 40
+    position: str = "absolute"  # "absolute" (Section 3.1) or "relative" (the released base and large models)
+    text_reach: int = 196  # relative only: how many text positions the table tells apart
+    layer_scale: float = 0.0  # initial LayerScale; 0 = none (released relative models: 0.1)
+    drop_path: float = 0.0  # stochastic depth of the last layer, growing linearly from 0
+    experts: str = "mome"  # "mome", or "shared": the standard Transformer of Table 5, row 4
+    attention: str = "shared"  # "shared", or "separate" below the vision-language layers (Table 7)
+
+    def __post_init__(self):
+        rules = {
+            "dim, layers, heads, image_size, patch_size and vocab_size must be at least 1": min(
+                self.dim, self.layers, self.heads, self.image_size, self.patch_size, self.vocab_size
+            ) >= 1,
+            "position must be absolute or relative": self.position in ("absolute", "relative"),
+            "experts must be mome or shared": self.experts in ("mome", "shared"),
+            "attention must be shared or separate": self.attention in ("shared", "separate"),
+            "vl_layers must be in 0 … layers": 0 <= self.vl_layers <= self.layers,
+            "max_text_len must hold at least [T_CLS] and [T_SEP]": self.max_text_len >= 2,
+            "max_text_len must not exceed text_reach": self.position == "absolute" or self.max_text_len <= self.text_reach,
+            "layer_scale must not be negative": self.layer_scale >= 0,
+            "drop_path must be in 0 … 1, without 1": 0 <= self.drop_path < 1,
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                raise ValueError(f"{rule}: {self}")
+        if self.dim % self.heads or self.image_size % self.patch_size:
+            raise ValueError(f"dim must be a multiple of heads, image_size one of patch_size: {self}")
+
+
+CONFIGS = {
+    "tiny": Config(dim=128, layers=4, heads=4, vl_layers=1, image_size=48, patch_size=8, vocab_size=512, max_text_len=32),
+    "base": Config(drop_path=0.1),
+    "base_plus": Config(dim=544, layers=24, heads=16, vl_layers=3, drop_path=0.1),
+    "large": Config(dim=1024, layers=24, heads=16, vl_layers=3, drop_path=0.1),
+}
+
+
+class Router(nn.ModuleDict):
+    """Sends every row to the module of its modality, as Section 3.2 selects experts.
+
+    Modules: `shared` alone (all rows), or `language` and `vision`, with or without `vl` (all rows of a pair).
+    """
+
+    def forward(self, x, kind, T):
+        """x (B, R, D), the leading rows of an input of `kind` "image", "text" or "pair", whose first T are text."""
+        if "shared" in self:
+            return self["shared"](x)
+        if kind == "pair" and "vl" in self:
+            return self["vl"](x)
+        if kind == "pair" and x.shape[1] > T:
+            return torch.cat([self["language"](x[:, :T]), self["vision"](x[:, T:])], dim=1)
+        return self["vision" if kind == "image" else "language"](x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the rows of all modalities. Keys have no bias (BEiT)."""
+
+    def __init__(self, config, separate):
+        super().__init__()
+        D = config.dim
+        names = ("language", "vision") if separate else ("shared",)
+        self.heads = config.heads
+        self.query = Router({name: nn.Linear(D, D) for name in names})
+        self.key = Router({name: nn.Linear(D, D, bias=False) for name in names})
+        self.value = Router({name: nn.Linear(D, D) for name in names})
+        self.out = Router({name: nn.Linear(D, D) for name in names})
+
+    def forward(self, x, kind, T, bias, rows):
+        """x (B, S, D) → (B, R, D): the first `rows` (None: all) rows ask, all rows answer.
+
+        bias: None, a mask of keys (B, 1, 1, S), True = may be read, or scores to add (B or 1, H, S, S).
+        """
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, ·, D) → (B, H, ·, D/H)
+        q = split(self.query(x[:, :rows], kind, T))
+        k, v = split(self.key(x, kind, T)), split(self.value(x, kind, T))
+        bias = bias if bias is None else bias[:, :, :rows]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, R, D/H)
+        return self.out(y.transpose(1, 2).flatten(2), kind, T)
+
+
+class Expert(nn.Module):
+    """A modality expert: its own LayerNorm and its feed-forward network, FFN(LN(x)) of Eq. (2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.fc1 = nn.Linear(config.dim, 4 * config.dim)
+        self.fc2 = nn.Linear(4 * config.dim, config.dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class Branch(nn.Module):
+    """What happens to a residual branch before it is added: LayerScale, then drop-path (a sample's branch as a whole)."""
+
+    def __init__(self, config, drop):
+        super().__init__()
+        self.drop = drop
+        self.gamma = nn.Parameter(torch.full((config.dim,), config.layer_scale)) if config.layer_scale else None
+
+    def forward(self, x):
+        if self.gamma is not None:
+            x = self.gamma * x
+        if self.training and self.drop > 0:
+            kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop  # (B, 1, 1)
+            x = x * kept / (1 - self.drop)
+        return x
+
+
+class Block(nn.Module):
+    """A MoME Transformer block: Eq. (1) and (2)."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        fuses = layer >= config.layers - config.vl_layers  # one of the F top layers
+        drop = config.drop_path * layer / max(config.layers - 1, 1)
+        names = ("language", "vision", "vl") if fuses else ("language", "vision")
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.attention = Attention(config, separate=config.attention == "separate" and not fuses)
+        self.experts = Router({name: Expert(config) for name in (names if config.experts == "mome" else ("shared",))})
+        self.attention_branch, self.expert_branch = Branch(config, drop), Branch(config, drop)
+
+    def forward(self, x, kind, T, bias, rows=None):
+        """x (B, S, D) → (B, R, D): the first `rows` rows (None: all S), having read all of them."""
+        x = x[:, :rows] + self.attention_branch(self.attention(self.norm(x), kind, T, bias, rows))  # Eq. (1)
+        x = x + self.expert_branch(self.experts(x, kind, T))  # Eq. (2); the LN is the expert's
+        return x
+
+
+class MoME(nn.Module):
+    """The trunk: embeddings, L blocks, final norm; one path for image-only, text-only and pair inputs.
+
+    `rows` in the three encoders: how many leading rows the last block computes (None: all). Readers of [CLS] alone
+    ask for 1, readers of a pair's text for T, and save the rest of that block.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D, side = config.dim, config.image_size // config.patch_size
+        self.words = nn.Embedding(config.vocab_size, D)
+        self.text_norm = nn.LayerNorm(D, eps=1e-12)  # BERT's
+        self.patches = nn.Conv2d(3, D, config.patch_size, stride=config.patch_size)
+        self.image_cls = embedding(D)
+        self.types = embedding(3, D)  # text, image, the second image of NLVR2
+        if config.position == "absolute":
+            self.text_position = embedding(config.max_text_len, D)
+            self.image_position = embedding(1 + side * side, D)
+        else:
+            text, image, size = relative_index(config.max_text_len, side, config.text_reach)
+            self.register_buffer("text_index", text, persistent=False)
+            self.register_buffer("image_index", image, persistent=False)
+            self.relative_table = nn.Parameter(torch.zeros(size, config.heads * config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.apply(initialise)
+
+    def embed_words(self, text):
+        """Text input representations of Section 3.1. text (B, T) int64 → (B, T, D)."""
+        x = self.words(text)
+        if self.config.position == "absolute":
+            x = x + self.text_position[: text.shape[1]]
+        return self.text_norm(x) + self.types[0]
+
+    def embed_patches(self, image, image_type):
+        """Image input representations of Section 3.1. image (B, 3, S, S) → (B, 1+N, D)."""
+        if not image.is_floating_point():  # uint8: normalised here, on the device
+            image = image.to(self.types.dtype) / 127.5 - 1
+        x = self.patches(image).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = torch.cat([self.image_cls.expand(len(x), 1, -1), x], dim=1)  # (B, 1+N, D)
+        if self.config.position == "absolute":
+            x = x + self.image_position
+        return x + self.types[image_type]
+
+    def encode_image(self, image, rows=None):
+        """image (B, 3, S, S): uint8, or float and normalised already → (B, 1+N, D) after the final norm."""
+        return self._encode(self.embed_patches(image, 1), "image", 0, None, rows)
+
+    def encode_text(self, text, mask, rows=None):
+        """text (B, T) int64, mask (B, T) bool, True = real token → (B, T, D) after the final norm."""
+        return self._encode(self.embed_words(text), "text", text.shape[1], mask, rows)
+
+    def encode_pair(self, text, mask, image, image_type=1, rows=None):
+        """As above, together → (B, T+1+N, D) after the final norm. image_type 2 is NLVR2's second image."""
+        text, image = self.embed_words(text), self.embed_patches(image, image_type)
+        mask = F.pad(mask, (0, image.shape[1]), value=True)  # (B, T+1+N)
+        return self._encode(torch.cat([text, image], dim=1), "pair", text.shape[1], mask, rows)
+
+    def _encode(self, x, kind, T, mask, rows):
+        mask = mask if mask is None else mask[:, None, None]  # (B, 1, 1, S)
+        biases = [mask] * len(self.blocks) if self.config.position == "absolute" else self._relative_bias(kind, T, mask)
+        for block, bias in zip(self.blocks, biases):
+            x = block(x, kind, T, bias, rows if block is self.blocks[-1] else None)
+        return self.norm(x)
+
+    def _relative_bias(self, kind, T, mask):
+        """Scores to add, per layer: the table's (1, H, S, S), with −inf on masked keys: (B, H, S, S)."""
+        index = self.image_index if kind == "image" else self.text_index[:T, :T]
+        if kind == "pair":
+            across = self.image_index.max() + 1  # the row of (text, image); (image, text) is the next
+            upper = torch.cat([index, across.expand(T, len(self.image_index))], dim=1)
+            lower = torch.cat([(across + 1).expand(len(self.image_index), T), self.image_index], dim=1)
+            index = torch.cat([upper, lower])  # (T+1+N, T+1+N)
+        bias = self.relative_table[index].unflatten(-1, (len(self.blocks), -1)).permute(2, 3, 0, 1)  # (L, H, S, S)
+        for layer in bias.unsqueeze(1):  # (1, H, S, S)
+            yield layer if mask is None else layer.masked_fill(~mask, -math.inf)
+
+
+def relative_index(text_len, side, reach):
+    """Rows of the relative-position table for each (query, key): BEiT's 2D offsets, then VLMo's text offsets.
+
+    Returns text (T, T), image (1+N, 1+N) and the number of rows. With I = (2·side−1)² + 3: rows below I−3 are patch
+    offsets; I−3, I−2, I−1 are [I_CLS] → patch, patch → [I_CLS], [I_CLS] → [I_CLS]; I and I+1 text → image and image →
+    text; I+reach+(key−query) words; the last three are [T_CLS] → word, word → [T_CLS], [T_CLS] → [T_CLS].
+    """
+    grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).view(-1, 2)  # (N, 2): y, x
+    offset = grid[:, None] - grid[None] + side - 1  # (N, N, 2), query − key
+    I, N, T = (2 * side - 1) ** 2 + 3, side * side, text_len
+    image = torch.empty(1 + N, 1 + N, dtype=torch.int64)
+    image[1:, 1:] = offset[..., 0] * (2 * side - 1) + offset[..., 1]
+    image[0, :], image[:, 0], image[0, 0] = I - 3, I - 2, I - 1
+
+    size = I + 2 * reach + 2
+    position = torch.arange(T)
+    text = I + reach + position[None] - position[:, None]  # key − query
+    text[0, :], text[:, 0], text[0, 0] = size - 3, size - 2, size - 1
+    return text, image, size
+
+
+def embedding(*shape):
+    """A learned embedding of type, position or [CLS]."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
+
+
+def initialise(module):
+    """Truncated normal 0.02 for matrices, zero for biases; norms keep their ones and zeros."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class VLMo(MoME):
+    """The trunk with the heads of the pre-training tasks (Section 3.3)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        D = config.dim
+        self.itc_image = nn.Linear(D, D, bias=False)
+        self.itc_text = nn.Linear(D, D, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # ln(1/σ) of Eq. (4)
+        self.pooler = nn.Linear(D, D)
+        self.itm_head = nn.Linear(D, 2)  # class 1 = matched
+        self.mlm_head = nn.Sequential(
+            nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12), nn.Linear(D, config.vocab_size)
+        )
+        for head in (self.itc_image, self.itc_text, self.pooler, self.itm_head, self.mlm_head):
+            head.apply(initialise)
+
+    def embed_image(self, image):
+        """image (B, 3, S, S) → unit vectors ĥᵛ (B, D), at least float32: Eq. (3)."""
+        return unit(self.itc_image(self.encode_image(image, rows=1)[:, 0]))
+
+    def embed_text(self, text, mask):
+        """text, mask (B, T) → unit vectors ĥʷ (B, D), at least float32: Eq. (3)."""
+        return unit(self.itc_text(self.encode_text(text, mask, rows=1)[:, 0]))
+
+    def scale(self):
+        """1/σ of Eq. (4), at most 100. The parameter itself is held there, so that its gradient never dies."""
+        with torch.no_grad():
+            self.logit_scale.clamp_(max=math.log(100))
+        return self.logit_scale.exp()
+
+    def pool(self, hidden):
+        """hidden (B, ·, D) of pairs → (B, D): the vector of [T_CLS] that the ITM, VQA and NLVR2 heads read."""
+        return torch.tanh(self.pooler(hidden[:, 0]))
+
+
+def unit(x):
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

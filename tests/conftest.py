@@ -1,0 +1,43 @@
+"""Several processes in a test: `processes(world, function, *arguments)` → each process's answer."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)  # the tests are small; threads of several processes would wait for each other
+
+
+def _start(rank, world, port, function, arguments, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    torch.save(function(*arguments), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def processes(tmp_path):
+    def run(world, function, *arguments):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        mp.spawn(_start, (world, port, function, arguments, str(tmp_path)), nprocs=world)
+        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+
+    return run
+
+
+@pytest.fixture
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the data beside the checkout ({SHARED.name}/ is not there)")
+    return SHARED
