@@ -1,0 +1,147 @@
+"""The pre-training losses of Section 3.3 as functions of tensors, and what they need of the other processes.
+
+Shape letters: b local batch, W processes, B = W·b global batch, D dim, V vocabulary, M masked tokens.
+
+Every loss is one process's part of a mean over all processes, times W: under DDP, which averages gradients, the
+gradient equals that of one process on the whole batch, and the processes' average is the value of the loss. Without
+a process group W is 1 and nothing is sent. Collective calls: all processes must make them in the same order.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+# ---- Between processes ----------------------------------------------------------------------------------------------
+
+
+class Gather(torch.autograd.Function):
+    """All processes' rows, (b, …) → (B, …). Backward sums over processes: everyone's loss reads everyone's rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(world())[rank()]
+
+
+def gather(x):
+    """x (b, …), equally many rows on every process → (B, …) in the order of processes, differentiable."""
+    return Gather.apply(x) if world() > 1 else x
+
+
+def global_mean(total, count):
+    """W · total / (count over all processes, at least 1): the mean of a loss with unequal counts, as above."""
+    count = torch.as_tensor(count, dtype=total.dtype, device=total.device).clone()
+    if world() > 1:
+        dist.all_reduce(count)
+    return world() * total / count.clamp(min=1)
+
+
+def exchange(x, drawn):
+    """Rows x_global[drawn], moved from each owner to the process that drew them and to no other.
+
+    x (b, …) local rows; drawn (b,) global indices → (b, …). A process receives b rows, whatever W.
+    """
+    if world() == 1:
+        return x[drawn]
+    b, me = len(x), rank()
+    asked = gather(drawn).view(-1, b)  # (W, b): what each process asks for
+    owner = asked // b  # (W, b)
+    mine = owner == me  # (W, b): what I send, grouped by the process that asked
+    send = x[asked[mine] - me * b]
+    received = x.new_empty(x.shape)  # grouped by owner
+    counts = torch.stack([owner[me].eq(torch.arange(len(owner), device=x.device)[:, None]).sum(1), mine.sum(1)])
+    received_counts, send_counts = counts.tolist()
+    dist.all_to_all_single(received, send, received_counts, send_counts)
+    rows = torch.empty_like(received)
+    rows[owner[me].argsort(stable=True)] = received
+    return rows
+
+
+# ---- Image-text contrast --------------------------------------------------------------------------------------------
+
+
+def own_columns(b, device):
+    """(b,): the column of each local row's own partner among the B gathered ones."""
+    return rank() * b + torch.arange(b, device=device)
+
+
+def same_pairs(ids):
+    """ids (b, K) int64: what makes two pairs the same, say (item, caption) → (b, B) bool: those that share any.
+
+    A pair shares all with itself. Pairs of one item or with one caption are no negatives of each other.
+    """
+    return (ids[:, None] == gather(ids)[None]).any(-1)
+
+
+def similarities(image, text, scale):
+    """s/σ of Eq. (3) and (4). image, text (b, D) unit vectors, scale 1/σ → image-to-text, text-to-image, (b, B) each."""
+    with torch.autocast(image.device.type, enabled=False):
+        return scale * image @ gather(text).T, scale * text @ gather(image).T
+
+
+def itc_loss(i2t, t2i, same):
+    """Cross-entropy of Eq. (4), both ways averaged. i2t, t2i, same (b, B); `same` other than the own pair is left out."""
+    own = own_columns(len(same), same.device)
+    left_out = same.scatter(1, own[:, None], False)
+    loss = lambda scores: F.cross_entropy(scores.masked_fill(left_out, -math.inf), own)
+    return (loss(i2t) + loss(t2i)) / 2
+
+
+# ---- Image-text matching --------------------------------------------------------------------------------------------
+
+
+def candidates(same, negatives):
+    """(b, B) bool: who may be a negative of whom. negatives "global" (Section 3.3) or "local" (Table 6)."""
+    if negatives == "global":
+        return ~same
+    own = own_columns(len(same), same.device)
+    local = torch.zeros_like(same).index_fill(1, own, True)
+    return ~same & local
+
+
+def draw_negatives(scores, candidate):
+    """One hard negative a row, with probability softmax(scores) among the candidates.
+
+    scores, candidate (b, B) → drawn (b,) global indices, found (b,) bool: False where a row has no candidate; its
+    drawn index is then arbitrary. The softmax is in at least float32, over candidates only. Scores that are not finite
+    draw something, too: it is the losses' part to say that a run has diverged.
+    """
+    scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).nan_to_num()
+    found = candidate.any(1)
+    scores = scores.masked_fill(~candidate & found[:, None], -math.inf)
+    return torch.multinomial(scores.softmax(1), 1).squeeze(1), found
+
+
+def itm_loss(logits, matched, found):
+    """Cross-entropy of matched or not, mean over the pairs that were found.
+
+    logits (n, 2), class 1 = matched; matched (n,) bool; found (n,) bool, False = weight zero.
+    """
+    loss = F.cross_entropy(logits, matched.long(), reduction="none")  # (n,)
+    return global_mean((loss * found).sum(), found.sum())
+
+
+# ---- Masked language modeling ---------------------------------------------------------------------------------------
+
+
+def mlm_loss(logits, labels):
+    """Cross-entropy over the vocabulary, mean over masked tokens. logits (M, V), labels (M,); M may differ and be 0."""
+    return global_mean(F.cross_entropy(logits, labels, reduction="sum"), len(labels))
