@@ -1,0 +1,193 @@
+"""Where a script runs: processes, device, precision, optimizer groups, schedule, checkpoints, metrics, errors."""
+
+import argparse
+import contextlib
+import json
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+# ---- Errors ---------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something that the user can mend: one line that says what is wrong and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the usage of fifty flags above it."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def run(main, *mistakes):
+    """Runs a script's main. A UserError, or one of `mistakes`, ends it with one line and exit status 2."""
+    try:
+        main()
+    except (UserError, *mistakes) as error:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)  # process 0's line comes first; if all fail alike, torchrun ends this one before its own
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    else:
+        status = 0
+    if status == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    if status:
+        os._exit(status)  # not sys.exit: other processes may wait for us in a collective call that will never come
+
+
+# ---- Processes and precision ----------------------------------------------------------------------------------------
+
+
+class Runtime:
+    """This process among W: rank, world, device, main (True on process 0), autocast() and the fp16 scaler.
+
+    Reads torchrun's environment; without it, one process and no process group.
+    """
+
+    def __init__(self, amp="off"):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if torch.cuda.is_available():
+            if local >= torch.cuda.device_count():
+                raise UserError(f"process {local} has no GPU: start at most {torch.cuda.device_count()} per node")
+            self.device = torch.device("cuda", local)
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        else:
+            self.device = torch.device("cpu")
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def wrap(self, stage):
+        """A stage for DDP, where there are other processes."""
+        if self.world == 1:
+            return stage
+        ids = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(stage, device_ids=ids, gradient_as_bucket_view=True)
+
+    def synchronised(self, stage, last):
+        """Around a pass: gradients are sent in the last pass of a step; in those before they add up on this process."""
+        return contextlib.nullcontext() if last or self.world == 1 else stage.no_sync()
+
+    def mean(self, values):
+        """Average of a tensor over the processes, as nested lists. One collective call, one wait for the device."""
+        values = values.detach().double()
+        if self.world > 1:
+            dist.all_reduce(values)
+        return (values / self.world).tolist()
+
+    def print(self, *words):
+        if self.main:
+            print(*words, flush=True)
+
+
+def seed_all(*words):
+    """Seeds torch from whole numbers, say (seed, step, rank): a step's random choices need no stored state."""
+    state = 0
+    for word in words:
+        state = (state * 1_000_003 + int(word) + 1) % 2**63
+    torch.manual_seed(state)
+
+
+# ---- Optimizer ------------------------------------------------------------------------------------------------------
+
+
+def optimizer(model, weight_decay, betas):
+    """Fused AdamW over what is trainable. Matrices of Linear, Conv2d and word Embedding decay; nothing else does:
+    no bias, norm, LayerScale, position, type or [CLS] embedding, relative table or logit scale."""
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding))}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if id(p) in matrices], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def learning_rate(step, steps, warmup, peak):
+    """Of step 1 … steps: linear warm-up to `peak` at step `warmup`, then linear decay towards 0 after the last step."""
+    warmup = max(warmup, 1)
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * (steps + 1 - step) / (steps + 1 - warmup)
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+def save(path, content):
+    """Writes a checkpoint whole or not at all: to a temporary name, synced to disk, renamed."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def load(path):
+    """A checkpoint of this project as a dict of CPU tensors and plain values. UserError if it is none."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, OSError) as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(f"{path} is not a checkpoint of this project, or is damaged ({reason})") from None
+    if not isinstance(content, dict) or not {"config", "model", "tokenizer"} <= content.keys():
+        raise UserError(f"{path} is not a checkpoint of this project: it has no config, model and tokenizer")
+    return content
+
+
+def load_weights(model, weights, path):
+    """Copies a state dict into the model. UserError if names or shapes differ, naming the first that does."""
+    own = model.state_dict()
+    for name in own.keys() | weights.keys():
+        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+            shape = lambda tensors: tuple(tensors[name].shape) if name in tensors else "missing"
+            raise UserError(f"{path} is of another shape: {name} is {shape(weights)} there and {shape(own)} here")
+    model.load_state_dict(weights)
+
+
+class Metrics:
+    """metrics.jsonl in the output folder, a line an entry, written by process 0. Resuming drops what came after."""
+
+    def __init__(self, folder, main, step):
+        self.file = None
+        if main:
+            path = Path(folder, "metrics.jsonl")
+            lines = path.read_text().splitlines() if path.exists() and step else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self.file = open(path, "w", buffering=1)
+            self.file.writelines(line + "\n" for line in kept)
+
+    def write(self, **entry):
+        if self.file:
+            self.file.write(json.dumps(entry) + "\n")

@@ -1,0 +1,109 @@
+"""Optimizer groups, schedule, seeds, checkpoints, metrics."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+import runtime
+from mome import CONFIGS, VLMo
+
+
+@pytest.mark.parametrize("switches", [{}, {"position": "relative", "layer_scale": 0.1}])
+def test_groups_hold_every_trainable_parameter_once_and_only_matrices_decay(switches):
+    model = VLMo(replace(CONFIGS["tiny"], **switches))
+    model.mlm_head.requires_grad_(False)
+    optimizer = runtime.optimizer(model, weight_decay=0.01, betas=(0.9, 0.98))
+    decaying, plain = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+    assert not decaying & plain
+    assert decaying | plain == {id(p) for p in model.parameters() if p.requires_grad}
+    kinds = {name.split(".")[-1] for name, p in model.named_parameters() if id(p) in plain}
+    relative = {"relative_table", "gamma"} if switches else {"text_position", "image_position"}
+    assert kinds == {"bias", "weight", "image_cls", "types", "logit_scale"} | relative
+    assert all(p.ndim == 1 for name, p in model.named_parameters() if id(p) in plain and name.endswith("weight"))
+    assert id(model.words.weight) in decaying and id(model.patches.weight) in decaying
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rates = [runtime.learning_rate(step, steps=10, warmup=4, peak=8.0) for step in range(1, 12)]
+    assert rates == pytest.approx([2, 4, 6, 8, 48 / 7, 40 / 7, 32 / 7, 24 / 7, 16 / 7, 8 / 7, 0])
+    assert runtime.learning_rate(1, steps=1, warmup=0, peak=1.0) == 1.0
+
+
+def test_seeds_differ_by_every_word():
+    draws = set()
+    for words in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1), (1, 0)]:
+        runtime.seed_all(*words)
+        draws.add(torch.rand(1).item())
+    assert len(draws) == 6
+
+
+def test_mean_without_other_processes_is_the_value(monkeypatch):
+    assert runtime.Runtime().mean(torch.tensor([[1.0, 2.0]])) == [[1.0, 2.0]]
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    content = {"config": {}, "model": {"w": torch.arange(3.0)}, "tokenizer": ""}
+    runtime.save(path, content)
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        runtime.save(path, content | {"model": {"w": torch.zeros(3)}})
+    assert torch.equal(runtime.load(path)["model"]["w"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken", b"\x80\x02}q\x00."])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(runtime.UserError, match="x.pt"):
+        runtime.load(tmp_path / "x.pt")
+
+
+def test_truncated_and_foreign_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(runtime.UserError, match="no config, model and tokenizer"):
+        runtime.load(path)
+    runtime.save(path, {"config": {}, "model": {"w": torch.zeros(1000)}, "tokenizer": ""})
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(runtime.UserError, match="damaged"):
+        runtime.load(path)
+    with pytest.raises(runtime.UserError, match="no such file"):
+        runtime.load(tmp_path / "absent.pt")
+
+
+def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was here"),)
+
+    torch.save({"config": Code(), "model": {}, "tokenizer": ""}, tmp_path / "x.pt")
+    with pytest.raises(runtime.UserError):
+        runtime.load(tmp_path / "x.pt")
+    assert not (tmp_path / "was here").exists()
+
+
+@pytest.mark.parametrize("weights", [{"a": torch.zeros(2)}, {"weight": torch.zeros(3, 2)}, {"weight": torch.zeros(2, 2), "more": torch.zeros(1)}])
+def test_weights_of_another_shape_are_refused_by_name(weights):
+    model = torch.nn.Linear(2, 2, bias=False)
+    before = model.weight.clone()
+    with pytest.raises(runtime.UserError, match="x.pt is of another shape: (a|weight|more) is"):
+        runtime.load_weights(model, weights, "x.pt")
+    assert torch.equal(model.weight, before)
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
+    metrics = runtime.Metrics(tmp_path, main=True, step=0)
+    for step in (10, 20, 30):
+        metrics.write(step=step, itc=1.0)
+    runtime.Metrics(tmp_path, main=False, step=0).write(step=40)  # another process writes nothing
+    runtime.Metrics(tmp_path, main=True, step=20).write(step=30, itc=0.5)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 10, "itc": 1.0}, {"step": 20, "itc": 1.0}, {"step": 30, "itc": 0.5}]
