@@ -1,0 +1,499 @@
+"""Image-text pairs: WordPiece, whole-word masking, augmentation, data sets on disk, and the built-in world of shapes.
+
+A *source* is a collection of pictures with captions: `len(source)`, `source.image(i)` (RGB), `source.captions(i)` (list
+of str), `source.item(i)` (str; pictures of one item are no negatives of each other), `source.corpus()` (captions to
+train a vocabulary on), and `source.by_text`: in retrieval a caption is right for every picture that has it; False: for
+the picture it was written for alone.
+Every random choice about a sample is a function of (seed, epoch, index): workers may come and go.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the loader's forks
+
+import numpy as np
+import tokenizers
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch.utils.data import Dataset
+
+IGNORE = -100  # a label that is not predicted
+
+
+class DataError(Exception):
+    """Data that cannot be used: one line that says which and why."""
+
+
+# ---- Text: WordPiece and whole-word masking (Sections 3.1, 3.3) ------------------------------------------------------
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def wordpiece(vocab=None):
+    """BERT's uncased tokenizer over a {word piece: id} table; without one, ready to be trained."""
+    model = tokenizers.models.WordPiece(vocab or {}, unk_token="[UNK]", max_input_chars_per_word=100)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    return tokenizer
+
+
+def train_tokenizer(captions, vocab_size):
+    """WordPiece of at most `vocab_size` entries, trained on a list of captions; the same every time.
+
+    The library numbers the inner letters ("##a") in the order of a salted hash, and its ties with them, unless they are
+    handed to it as given.
+    """
+    tokenizer = wordpiece()
+    letters = sorted(set("".join(map(tokenizer.normalizer.normalize_str, captions))) - set(" "))
+    given = SPECIAL + ["##" + letter for letter in letters]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=given, show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    return wordpiece(tokenizer.get_vocab())
+
+
+def load_tokenizer(path):
+    """From `vocab.txt` (one piece a line, as BERT's) or `tokenizer.json`. DataError if it is neither."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"vocabulary {path} cannot be read: {error}") from None
+    if Path(path).suffix == ".json":
+        return tokenizer_from_json(text, path)
+    tokenizer = wordpiece({piece: i for i, piece in enumerate(text.splitlines())})
+    return check_tokenizer(tokenizer, path)
+
+
+def tokenizer_from_json(text, path):
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise DataError(f"{path} holds no tokenizer: {error}") from None
+    return check_tokenizer(tokenizer, path)
+
+
+def check_tokenizer(tokenizer, path):
+    absent = [token for token in SPECIAL if tokenizer.token_to_id(token) is None]
+    if absent:
+        raise DataError(f"vocabulary {path} lacks {', '.join(absent)}")
+    return tokenizer
+
+
+class Words:
+    """Captions as token ids of one length: [T_CLS] words [T_SEP] padding."""
+
+    def __init__(self, tokenizer, length):
+        self.tokenizer, self.length, self.size = tokenizer, length, tokenizer.get_vocab_size()
+        self.pad, self.cls, self.sep, self.mask = (tokenizer.token_to_id(SPECIAL[i]) for i in (0, 2, 3, 4))
+
+    def encode(self, caption):
+        """→ ids (T,) int64, mask (T,) bool, True = real token, words: the positions of each word's pieces."""
+        encoding = self.tokenizer.encode(caption, add_special_tokens=False)
+        pieces = encoding.ids[: self.length - 2]
+        ids = torch.full((self.length,), self.pad)
+        ids[: len(pieces) + 2] = torch.tensor([self.cls, *pieces, self.sep])
+        words = {}
+        for position, word in enumerate(encoding.word_ids[: len(pieces)], start=1):
+            words.setdefault(word, []).append(position)
+        return ids, torch.arange(self.length) < len(pieces) + 2, list(words.values())
+
+    def mask_words(self, ids, words, rng):
+        """Masks 15 % of the words whole, at least one where there is any: each of their tokens becomes [MASK] in 80 %,
+        a random token in 10 %, itself in 10 %. → masked ids (T,), labels (T,) with −100 where nothing is predicted."""
+        masked, labels = ids.clone(), torch.full_like(ids, IGNORE)
+        for word in rng.sample(words, min(len(words), max(1, round(0.15 * len(words))))):
+            for position in word:
+                labels[position] = ids[position]
+                choice = rng.random()
+                if choice < 0.9:
+                    masked[position] = self.mask if choice < 0.8 else rng.randrange(self.size)
+        return masked, labels
+
+
+# ---- Images: reading, and augmentation in Pillow (Section 4.1) -------------------------------------------------------
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
+GRAY = (128, 128, 128)
+
+
+def read_image(path):
+    """RGB; what is transparent shows white."""
+    with Image.open(path) as image:
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def read_or_refuse(source, i):
+    """For evaluation: picture i of a source; DataError, with its path, if it cannot be read."""
+    try:
+        return source.image(i)
+    except UNREADABLE as error:
+        raise DataError(f"{source.path(i)} cannot be read: {error}") from None
+
+
+def to_tensor(image):
+    """RGB image → uint8 (3, S, S)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def resize(image, size):
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def random_resized_crop(image, size, rng, area=(0.5, 1.0), aspect=(3 / 4, 4 / 3)):
+    """A crop of 50–100 % of the area and of 3:4 to 4:3, resized to a square."""
+    width, height = image.size
+    for _ in range(10):
+        target = rng.uniform(*area) * width * height
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+            return image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+    return resize(image, size)  # very long or tall images
+
+
+def affine(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
+    matrix = (a, b, c, d, e, f)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GRAY)
+
+
+OPERATIONS = {  # of RandAugment, as (image, level 0 … 1, sign ±1): those that leave colours their names
+    "identity": lambda image, level, sign: image,
+    "auto-contrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "brightness": lambda image, level, sign: ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * level),
+    "sharpness": lambda image, level, sign: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * level),
+    "shear-x": lambda image, level, sign: affine(image, b=0.3 * level * sign),
+    "shear-y": lambda image, level, sign: affine(image, d=0.3 * level * sign),
+    "translate-x": lambda image, level, sign: affine(image, c=10 / 224 * image.width * level * sign),
+    "translate-y": lambda image, level, sign: affine(image, f=10 / 224 * image.height * level * sign),
+    "rotate": lambda image, level, sign: image.rotate(30 * level * sign, Image.Resampling.BILINEAR, fillcolor=GRAY),
+}
+
+
+def rand_augment(image, rng, count=2, magnitude=7):
+    """RandAugment(2, 7): `count` operations, drawn with replacement, at `magnitude` tenths."""
+    for operation in rng.choices(list(OPERATIONS.values()), k=count):
+        image = operation(image, magnitude / 10, rng.choice((-1, 1)))
+    return image
+
+
+AUGMENTATIONS = ("none", "crop", "randaugment")
+
+
+def augment(image, size, rng, kind="randaugment", flip=False):
+    """A training view (S, S): "none" (resized), "crop" (random resized crop), "randaugment" (crop, then both)."""
+    image = resize(image, size) if kind == "none" else random_resized_crop(image, size, rng)
+    if flip and rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    return rand_augment(image, rng) if kind == "randaugment" else image
+
+
+# ---- Sources on disk -------------------------------------------------------------------------------------------------
+
+
+class Records:
+    """A source on disk: one JSON line a picture in one array of bytes, which forked workers share without copying."""
+
+    def __init__(self, records, by_text=True):
+        """records: iterable of (image path, captions, item)."""
+        self.by_text = by_text
+        lines = [json.dumps([str(path), captions, item]).encode() for path, captions, item in records]
+        self.ends = np.cumsum([0] + [len(line) for line in lines])
+        self.bytes = np.frombuffer(b"".join(lines), dtype=np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def record(self, i):
+        return json.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes())
+
+    def path(self, i):
+        return self.record(i)[0]
+
+    def image(self, i):
+        return read_image(self.path(i))
+
+    def captions(self, i):
+        return self.record(i)[1]
+
+    def item(self, i):
+        return self.record(i)[2]
+
+    def corpus(self):
+        return [caption for i in range(len(self)) for caption in self.captions(i)]
+
+
+def read_json(path, text=None, where=None):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8") if text is None else text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{where or path}: no valid JSON: {error}") from None
+
+
+def read_manifest(path):
+    """{"image": path below the manifest's folder, "captions": [str, …], "item": optional}, one a line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        entry = read_json(path, line, where)
+        image = entry.get("image") if isinstance(entry, dict) else None
+        captions = entry.get("captions") if isinstance(entry, dict) else None
+        if not isinstance(image, str):
+            raise DataError(f'{where}: needs {{"image": path, "captions": [text, …]}}')
+        if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
+            raise DataError(f"{where}: captions must be a list of at least one string, not {json.dumps(captions)[:80]}")
+        file = Path(path).parent / image
+        yield file, captions, str(entry.get("item", file))
+
+
+def read_karpathy(path, split):
+    """Karpathy's dataset_coco.json or dataset_flickr30k.json; training includes COCO's "restval"."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise DataError(f'{path}: not Karpathy\'s format: it has no list of "images"')
+    folder = Path(path).parent
+    roots = [folder, folder / "images", folder / "flickr30k-images", folder / "flickr30k_images"]
+    for number, entry in enumerate(content["images"]):
+        try:
+            name, own = Path(entry.get("filepath", ""), entry["filename"]), entry["split"]
+            captions = [sentence["raw"] for sentence in entry["sentences"]]
+        except (KeyError, TypeError, AttributeError):
+            raise DataError(f"{path}: image {number} lacks filename, split or sentences with raw text") from None
+        if own == split or (own == "restval" and split == "train"):
+            file = next((root / name for root in roots if (root / name).exists()), folder / name)
+            yield file, captions, str(file)
+
+
+def find_karpathy(folder, split):
+    """Karpathy's JSON in a folder that has no manifest of its own for the split; else None."""
+    if Path(folder, f"{split}.jsonl").exists():
+        return None
+    return next((path for name in ("coco", "flickr30k") if (path := Path(folder, f"dataset_{name}.json")).exists()), None)
+
+
+def read_folder(folder, split):
+    """The records of one --data folder: a `{split}.jsonl` manifest or Karpathy's JSON."""
+    if not Path(folder).is_dir():
+        raise DataError(f"--data {folder}: no such folder")
+    if karpathy := find_karpathy(folder, split):
+        return read_karpathy(karpathy, split)
+    if not Path(folder, f"{split}.jsonl").exists():
+        raise DataError(f"--data {folder}: has no {split}.jsonl, nor Karpathy's dataset_coco.json or dataset_flickr30k.json")
+    return read_manifest(Path(folder, f"{split}.jsonl"))
+
+
+def missing_files(paths):
+    """Those of the paths that do not exist, asking each folder once."""
+    present = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+    return [path for path in paths if os.path.basename(path) not in present(os.path.dirname(path) or ".")]
+
+
+def read_sources(data, split, image_size, seed=0, count=None):
+    """The source that --data names: "shapes", or one or more folders. DataError before any work if files are missing.
+
+    count: how many scenes of the built-in world (None: the split's own number).
+    """
+    if list(data) == ["shapes"]:
+        return Shapes(split, image_size, seed, count)
+    karpathy = any(find_karpathy(folder, split) for folder in data)
+    source = Records(itertools.chain.from_iterable(read_folder(folder, split) for folder in data), by_text=not karpathy)
+    if not len(source):
+        raise DataError(f"--data {' '.join(map(str, data))}: no pictures in split {split}")
+    missing = missing_files([source.path(i) for i in range(len(source))])
+    if missing:
+        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise DataError(f"{len(missing)} of the {len(source)} images of split {split} are missing: {names}")
+    return source
+
+
+def read_if_any(data, split, image_size):
+    """The source of those --data folders that have the split; None if none does."""
+    having = [folder for folder in data if folder == "shapes" or find_karpathy(folder, split) or Path(folder, f"{split}.jsonl").exists()]
+    return read_sources(having, split, image_size) if having else None
+
+
+# ---- The built-in world ----------------------------------------------------------------------------------------------
+
+COLORS = {"red": (220, 40, 40), "orange": (245, 150, 30), "yellow": (240, 220, 50), "green": (50, 160, 70),
+          "blue": (40, 90, 220), "purple": (140, 60, 170), "pink": (250, 160, 200), "black": (30, 30, 30)}  # fmt: skip
+SIZES = {"small": 0.62, "large": 1.0}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+LAYOUTS = {"row": ("left of", "right of", "from left to right", "from right to left"),
+           "column": ("above", "below", "from top to bottom", "from bottom to top")}  # fmt: skip
+SPLITS = {"train": 100_000, "val": 500, "test": 500}  # scenes, and how a meaning is dealt: 8, 1 and 1 tenths
+
+
+class Shapes:
+    """The built-in world: two or three coloured shapes in a row or a column, drawn from (seed, split, index).
+
+    A scene is {"layout", "things": [{"size", "color", "shape"}, …]} from left to right or top to bottom. Its captions
+    are all the ways to say it, and its item is its meaning. A hash of the meaning deals it to one split, so splits
+    share no scene and no caption.
+    """
+
+    def __init__(self, split, image_size, seed=0, count=None):
+        self.split, self.image_size, self.seed, self.count = split, image_size, seed, count or SPLITS[split]
+        self.by_text = True
+
+    def __len__(self):
+        return self.count
+
+    def scene(self, i):
+        rng = random.Random(f"{self.seed} {self.split} {i}")
+        while True:
+            things = [
+                {"size": rng.choice(list(SIZES)), "color": rng.choice(list(COLORS)), "shape": rng.choice(SHAPES)}
+                for _ in range(rng.choice((2, 3)))
+            ]
+            scene = {"layout": rng.choice(list(LAYOUTS)), "things": things}
+            tenth = stable_hash(describe(scene)[0]) % 10
+            if self.split == ("test" if tenth == 9 else "val" if tenth == 8 else "train"):
+                return scene
+
+    def image(self, i):
+        return draw_scene(self.scene(i), self.image_size, random.Random(f"drawing {self.seed} {self.split} {i}"))
+
+    def captions(self, i):
+        return describe(self.scene(i))
+
+    def item(self, i):
+        return self.captions(i)[0]
+
+    def corpus(self):
+        return [caption for i in range(2000) for caption in self.captions(i)]  # all its words many times
+
+
+def describe(scene):
+    """All the captions that are right for a scene."""
+    names = [f"a {thing['size']} {thing['color']} {thing['shape']}" for thing in scene["things"]]
+    before, after, forth, back = LAYOUTS[scene["layout"]]
+    if len(names) == 2:
+        return [f"{names[0]} {before} {names[1]}", f"{names[1]} {after} {names[0]}"]
+    listed = lambda names: f"{names[0]}, {names[1]} and {names[2]}"
+    return [f"{listed(names)} {forth}", f"{listed(names[::-1])} {back}"]
+
+
+def draw_scene(scene, size, rng):
+    """The scene as an RGB image (size, size), with places, sizes, colours and background a little at random."""
+    canvas, n = 2 * size, len(scene["things"])  # drawn twice as large, then averaged: smooth edges
+    background = rng.randint(225, 255)
+    image = Image.new("RGB", (canvas, canvas), (background,) * 3)
+    for place, thing in enumerate(scene["things"]):
+        along = (place + 0.5 + rng.uniform(-0.06, 0.06)) / n
+        across = rng.uniform(0.35, 0.65)
+        x, y = (along, across) if scene["layout"] == "row" else (across, along)
+        radius = 0.155 * SIZES[thing["size"]] * rng.uniform(0.92, 1.08) * canvas
+        color = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLORS[thing["color"]])
+        draw_shape(ImageDraw.Draw(image), thing["shape"], x * canvas, y * canvas, radius, color)
+    return image.reduce(2)
+
+
+def draw_shape(draw, shape, x, y, r, color):
+    """One shape around (x, y) within a circle of radius about r, in pixels."""
+    around = lambda corners, first, *radii: [
+        (x + radii[k % len(radii)] * math.sin(2 * math.pi * k / corners + first),
+         y - radii[k % len(radii)] * math.cos(2 * math.pi * k / corners + first)) for k in range(corners)
+    ]  # fmt: skip
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=color)
+    elif shape == "ring":
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=color, width=max(1, round(0.35 * r)))
+    elif shape == "square":
+        draw.rectangle((x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r), fill=color)
+    elif shape == "triangle":
+        draw.polygon(around(3, 0.0, 1.1 * r), fill=color)
+    elif shape == "star":
+        draw.polygon(around(10, 0.0, 1.1 * r, 0.45 * r), fill=color)
+    elif shape == "cross":
+        draw.rectangle((x - r, y - 0.32 * r, x + r, y + 0.32 * r), fill=color)
+        draw.rectangle((x - 0.32 * r, y - r, x + 0.32 * r, y + r), fill=color)
+
+
+# ---- Samples and their order -----------------------------------------------------------------------------------------
+
+
+def stable_hash(text):
+    """A 63-bit number of a text, the same in every process and run (Python's own hash is salted)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Pairs(Dataset):
+    """Training samples (image, one of its captions) of a source, indexed by (epoch, index).
+
+    A sample: image uint8 (3, S, S); text, masked, labels (T,) int64; mask (T,) bool, True = real token; ids (2,) int64,
+    hashes of item and caption; unreadable, the files met on the way that could not be read: the next picture stands in.
+    """
+
+    def __init__(self, source, words, image_size, seed, augmentation, flip):
+        self.source, self.words, self.image_size, self.seed = source, words, image_size, seed
+        self.augmentation, self.flip = augmentation, flip
+
+    def __getitem__(self, key):
+        epoch, index = key
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        unreadable = []
+        for step in range(len(self.source)):
+            i = (index + step) % len(self.source)
+            try:
+                image = self.source.image(i)
+            except UNREADABLE as error:
+                unreadable.append(f"{self.source.path(i)} ({type(error).__name__})")
+                continue
+            break
+        else:
+            raise DataError(f"no image can be read; the first: {unreadable[0]}")
+        caption = rng.choice(self.source.captions(i))
+        text, mask, words = self.words.encode(caption)
+        masked, labels = self.words.mask_words(text, words, rng)
+        image = to_tensor(augment(image, self.image_size, rng, self.augmentation, self.flip))
+        ids = torch.tensor([stable_hash(self.source.item(i)), stable_hash(caption)])
+        return {"image": image, "text": text, "mask": mask, "masked": masked, "labels": labels, "ids": ids,
+                "unreadable": unreadable}  # fmt: skip
+
+
+def cut(mask):
+    """The length to which a batch of texts can be cut: its longest, rounded up to a multiple of 8. mask (B, T) bool."""
+    longest = int(mask.sum(1).max())
+    return min(-(-longest // 8) * 8, mask.shape[1])
+
+
+def collate(samples):
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0] if name != "unreadable"}
+    batch["unreadable"] = [file for sample in samples for file in sample["unreadable"]]
+    return batch
+
+
+class Order:
+    """Which samples each batch holds, without end: batch k of all W processes is positions k·W·b … (k+1)·W·b of the
+    shuffled epochs, and process r takes its r-th part. So the global batch is the same for any W, and a position in
+    the data is a number. Iterating gives lists of b (epoch, index), from batch `start` on."""
+
+    def __init__(self, length, batch, rank, world, seed, start=0):
+        self.length, self.batch, self.rank, self.world, self.seed, self.start = length, batch, rank, world, seed, start
+
+    def __iter__(self):
+        @functools.lru_cache(2)
+        def shuffled(epoch):
+            return np.random.default_rng([self.seed, epoch]).permutation(self.length)
+
+        for k in itertools.count(self.start):
+            first = (k * self.world + self.rank) * self.batch
+            epochs = [divmod(position, self.length) for position in range(first, first + self.batch)]
+            yield [(epoch, int(shuffled(epoch)[place])) for epoch, place in epochs]
