@@ -285,7 +285,8 @@ def find_karpathy(folder, split):
     """Karpathy's JSON in a folder that has no manifest of its own for the split; else None."""
     if Path(folder, f"{split}.jsonl").exists():
         return None
-    return next((path for name in ("coco", "flickr30k") if (path := Path(folder, f"dataset_{name}.json")).exists()), None)
+    files = (Path(folder, f"dataset_{name}.json") for name in ("coco", "flickr30k"))
+    return next((file for file in files if file.exists()), None)
 
 
 def read_folder(folder, split):
@@ -295,7 +296,7 @@ def read_folder(folder, split):
     if karpathy := find_karpathy(folder, split):
         return read_karpathy(karpathy, split)
     if not Path(folder, f"{split}.jsonl").exists():
-        raise DataError(f"--data {folder}: has no {split}.jsonl, nor Karpathy's dataset_coco.json or dataset_flickr30k.json")
+        raise DataError(f"--data {folder}: has no {split}.jsonl, dataset_coco.json or dataset_flickr30k.json")
     return read_manifest(Path(folder, f"{split}.jsonl"))
 
 
@@ -325,7 +326,8 @@ def read_sources(data, split, image_size, seed=0, count=None):
 
 def read_if_any(data, split, image_size):
     """The source of those --data folders that have the split; None if none does."""
-    having = [folder for folder in data if folder == "shapes" or find_karpathy(folder, split) or Path(folder, f"{split}.jsonl").exists()]
+    has = lambda folder: find_karpathy(folder, split) or Path(folder, f"{split}.jsonl").exists()
+    having = [folder for folder in data if folder == "shapes" or has(folder)]
     return read_sources(having, split, image_size) if having else None
 
 

@@ -1,6 +1,6 @@
 """Metrics as pure functions, and the evaluation of each task: zero-shot retrieval (Section 3.5, Table 2).
 
-    python evaluate.py --task retrieval --checkpoint runs/vl/last.pt [--data DIR] [--split test]
+python evaluate.py --task retrieval --checkpoint runs/vl/last.pt [--data DIR] [--split test]
 """
 
 import json

@@ -92,13 +92,13 @@ def same_pairs(ids):
 
 
 def similarities(image, text, scale):
-    """s/σ of Eq. (3) and (4). image, text (b, D) unit vectors, scale 1/σ → image-to-text, text-to-image, (b, B) each."""
+    """s/σ of Eq. (3), (4). image, text (b, D) unit vectors, scale 1/σ → image-to-text, text-to-image, (b, B) each."""
     with torch.autocast(image.device.type, enabled=False):
         return scale * image @ gather(text).T, scale * text @ gather(image).T
 
 
 def itc_loss(i2t, t2i, same):
-    """Cross-entropy of Eq. (4), both ways averaged. i2t, t2i, same (b, B); `same` other than the own pair is left out."""
+    """Cross-entropy of Eq. (4), both ways averaged. i2t, t2i, same (b, B): the same pairs but the own are left out."""
     own = own_columns(len(same), same.device)
     left_out = same.scatter(1, own[:, None], False)
     loss = lambda scores: F.cross_entropy(scores.masked_fill(left_out, -math.inf), own)

@@ -33,16 +33,16 @@ class Config:
     attention: str = "shared"  # "shared", or "separate" below the vision-language layers (Table 7)
 
     def __post_init__(self):
+        sizes = (self.dim, self.layers, self.heads, self.image_size, self.patch_size, self.vocab_size)
+        fits = self.position == "absolute" or self.max_text_len <= self.text_reach
         rules = {
-            "dim, layers, heads, image_size, patch_size and vocab_size must be at least 1": min(
-                self.dim, self.layers, self.heads, self.image_size, self.patch_size, self.vocab_size
-            ) >= 1,
+            "dim, layers, heads, image_size, patch_size and vocab_size must be at least 1": min(sizes) >= 1,
             "position must be absolute or relative": self.position in ("absolute", "relative"),
             "experts must be mome or shared": self.experts in ("mome", "shared"),
             "attention must be shared or separate": self.attention in ("shared", "separate"),
             "vl_layers must be in 0 … layers": 0 <= self.vl_layers <= self.layers,
             "max_text_len must hold at least [T_CLS] and [T_SEP]": self.max_text_len >= 2,
-            "max_text_len must not exceed text_reach": self.position == "absolute" or self.max_text_len <= self.text_reach,
+            "max_text_len must not exceed text_reach": fits,
             "layer_scale must not be negative": self.layer_scale >= 0,
             "drop_path must be in 0 … 1, without 1": 0 <= self.drop_path < 1,
         }
@@ -54,7 +54,9 @@ class Config:
 
 
 CONFIGS = {
-    "tiny": Config(dim=128, layers=4, heads=4, vl_layers=1, image_size=48, patch_size=8, vocab_size=512, max_text_len=32),
+    "tiny": Config(
+        dim=128, layers=4, heads=4, vl_layers=1, image_size=48, patch_size=8, vocab_size=512, max_text_len=32
+    ),
     "base": Config(drop_path=0.1),
     "base_plus": Config(dim=544, layers=24, heads=16, vl_layers=3, drop_path=0.1),
     "large": Config(dim=1024, layers=24, heads=16, vl_layers=3, drop_path=0.1),
@@ -118,7 +120,7 @@ class Expert(nn.Module):
 
 
 class Branch(nn.Module):
-    """What happens to a residual branch before it is added: LayerScale, then drop-path (a sample's branch as a whole)."""
+    """What happens to a residual branch before it is added: LayerScale, then drop-path (of a sample's whole branch)."""
 
     def __init__(self, config, drop):
         super().__init__()

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-
 # ---- Errors ---------------------------------------------------------------------------------------------------------
 
 
@@ -25,7 +24,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, without the usage of fifty flags above it."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        plain = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=plain, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")

@@ -1,7 +1,7 @@
 """Pre-training (Section 3.3): image-text contrast, image-text matching and masked language modeling on pairs.
 
     python train.py                                          # tiny model, built-in world, any machine
-    torchrun --nproc_per_node=8 train.py --stage vl --config base --data coco vg sbu cc --vocab vocab.txt --amp bf16 --compile
+    torchrun --nproc_per_node=8 train.py --stage vl --config base --data coco vg sbu cc --vocab vocab.txt --amp bf16
 
 Shape letters: b local batch, W processes, B = W·b, T text tokens, N patches, D dim, M masked tokens.
 """
@@ -62,7 +62,7 @@ class VisionLanguageStage(nn.Module):
         return out
 
     def fuse(self, batch, i2t, t2i, candidate):
-        """MLM and ITM from one pass over up to 4b pairs: masked; matched; text with a wrong image; image with a wrong text."""
+        """MLM and ITM from one pass over up to 4b pairs: masked; matched; with a wrong image; with a wrong text."""
         b, image, text, mask = len(batch["image"]), batch["image"], batch["text"], batch["mask"]
         texts, masks, images = [], [], []
         if "mlm" in self.active:
@@ -76,11 +76,12 @@ class VisionLanguageStage(nn.Module):
             images = images + [image, image_drawn, image]
         text, mask = torch.cat(texts), torch.cat(masks)
         T = data.cut(mask)
-        hidden = self.model.encode_pair(text[:, :T], mask[:, :T], torch.cat(images), rows=T)  # (1, 3 or 4 times b, T, D)
+        hidden = self.model.encode_pair(text[:, :T], mask[:, :T], torch.cat(images), rows=T)  # (b, 3b or 4b, T, D)
         out = {}
         if "mlm" in self.active:
-            at = batch["labels"][:, :T] != data.IGNORE  # (b, T)
-            out["mlm"] = losses.mlm_loss(self.model.mlm_head(hidden[:b][at]), batch["labels"][:, :T][at])  # (M, V), (M,)
+            labels = batch["labels"][:, :T]  # (b, T)
+            at = labels != data.IGNORE
+            out["mlm"] = losses.mlm_loss(self.model.mlm_head(hidden[:b][at]), labels[at])  # of (M, V), (M,)
         if "itm" in self.active:
             pooled = self.model.pool(hidden[-3 * b :])  # (3b, D)
             matched = torch.arange(3 * b, device=pooled.device) < b
@@ -113,43 +114,56 @@ def untrained(model, *active):
 
 def parse():
     parser = runtime.Parser(__doc__)
-    run = parser.add_argument_group("run")
-    run.add_argument("--stage", choices=["vl"], default="vl")
-    run.add_argument("--out", default="runs/vl", metavar="DIR", help="checkpoint, metrics.jsonl, config.json (default runs/vl)")
-    run.add_argument("--init", metavar="FILE", help="start from this checkpoint's weights and tokenizer")
-    run.add_argument("--resume", action="store_true", help="continue the run in --out if there is one, else start it")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--save-every", type=int, default=1000, metavar="STEPS")
-    run.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="zero-shot retrieval on the val split (default: never)")
-    run.add_argument("--log-every", type=int, default=20, metavar="STEPS")
+    group = parser.add_argument_group("run")
+    group.add_argument("--stage", choices=["vl"], default="vl")
+    group.add_argument(
+        "--out", default="runs/vl", metavar="DIR", help="for last.pt, metrics.jsonl, config.json [%(default)s]"
+    )
+    group.add_argument("--init", metavar="FILE", help="start from this checkpoint's weights and tokenizer")
+    group.add_argument("--resume", action="store_true", help="continue the run in --out if there is one, else start it")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="[%(default)s]")
+    group.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="[%(default)s]")
+    group.add_argument(
+        "--eval-every", type=int, default=0, metavar="STEPS", help="zero-shot retrieval on split val [0: never]"
+    )
 
-    text = parser.add_argument_group("data")
-    text.add_argument("--data", nargs="+", default=["shapes"], metavar="DIR", help='one or more folders, or "shapes" (default)')
-    text.add_argument("--vocab", metavar="FILE", help="vocab.txt or tokenizer.json (default: trained on the captions)")
-    text.add_argument("--augment", choices=data.AUGMENTATIONS, help="default: randaugment (the paper's); shapes: none")
-    text.add_argument("--flip", action="store_true", help="mirror half the images; wrong where captions say left and right")
-    text.add_argument("--workers", type=int, help="loader processes per training process (default: by the cores)")
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", nargs="+", default=["shapes"], metavar="DIR", help="folders, or the built-in world [shapes]"
+    )
+    group.add_argument("--vocab", metavar="FILE", help="vocab.txt or tokenizer.json [trained on the captions]")
+    group.add_argument("--augment", choices=data.AUGMENTATIONS, help="[randaugment, the paper's; for shapes none]")
+    group.add_argument(
+        "--flip", action="store_true", help="mirror half the images: not where captions say left and right"
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="loader processes per training process [by the cores]")
 
-    step = parser.add_argument_group("optimization", "the paper's, base / large, in brackets; the defaults follow --config")
-    step.add_argument("--batch-size", type=int, help="pairs a step, over all processes [1024]")
-    step.add_argument("--accumulate", type=int, default=1, metavar="A", help="split each step into A passes; negatives come from one pass")
-    step.add_argument("--steps", type=int, help="[200000]")
-    step.add_argument("--warmup", type=int, metavar="STEPS", help="[2500]")
-    step.add_argument("--lr", type=float, help="peak learning rate [2e-4 / 5e-5]")
-    step.add_argument("--clip", type=float, metavar="NORM", help="gradient clipping, 0 = off [off]")
-    step.add_argument("--itc-weight", type=float, default=1.0, help="0 drops the loss (default 1)")
-    step.add_argument("--itm-weight", type=float, default=1.0, help="(default 1)")
-    step.add_argument("--mlm-weight", type=float, default=0.25, help="(default 0.25)")
-    step.add_argument("--negatives", choices=["global", "local"], default="global", help="hard negatives: Table 6")
+    group = parser.add_argument_group(
+        "optimization", "defaults follow --config; in brackets the paper's for base / large"
+    )
+    group.add_argument("--batch-size", type=int, metavar="PAIRS", help="of a step, over all processes [1024]")
+    group.add_argument(
+        "--accumulate", type=int, default=1, metavar="A", help="split a step into A passes; negatives come from one"
+    )
+    group.add_argument("--steps", type=int, help="[200000]")
+    group.add_argument("--warmup", type=int, metavar="STEPS", help="[2500]")
+    group.add_argument("--lr", type=float, help="peak learning rate [2e-4 / 5e-5]")
+    group.add_argument("--clip", type=float, metavar="NORM", help="clip the gradient's norm; 0 = off [off]")
+    group.add_argument("--itc-weight", type=float, default=1.0, metavar="W", help="0 drops the loss (default 1)")
+    group.add_argument("--itm-weight", type=float, default=1.0, metavar="W", help="(default 1)")
+    group.add_argument("--mlm-weight", type=float, default=0.25, metavar="W", help="(default 0.25)")
+    group.add_argument("--negatives", choices=["global", "local"], default="global", help="hard negatives: Table 6")
 
-    speed = parser.add_argument_group("speed")
-    speed.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off")
-    speed.add_argument("--compile", action="store_true", help="compile the blocks")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision [off]")
+    group.add_argument("--compile", action="store_true", help="compile the blocks")
 
-    shape = parser.add_argument_group("architecture", "--config, and any field of it")
-    shape.add_argument("--config", choices=list(CONFIGS), help="default: tiny, or that of --init")
+    group = parser.add_argument_group("architecture", "--config, and any field of it")
+    group.add_argument("--config", choices=list(CONFIGS), help="[tiny, or that of --init]")
     for field in dataclasses.fields(Config):
-        shape.add_argument("--" + field.name.replace("_", "-"), type=field.type, metavar=field.type.__name__.upper())
+        flag = "--" + field.name.replace("_", "-")
+        group.add_argument(flag, type=field.type, metavar=field.type.__name__.upper())
     return parser.parse_args()
 
 
@@ -161,9 +175,8 @@ def check(args, here):
     if min(args.batch_size, args.accumulate, args.steps, args.save_every, args.log_every) < 1:
         raise runtime.UserError("--batch-size, --accumulate, --steps, --save-every and --log-every must be at least 1")
     if args.batch_size % (here.world * args.accumulate):
-        raise runtime.UserError(
-            f"--batch-size {args.batch_size} is not divisible by {here.world} processes × {args.accumulate} passes (--accumulate)"
-        )
+        parts = f"{here.world} processes × {args.accumulate} passes (--accumulate)"
+        raise runtime.UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
     weights = {"itc": args.itc_weight, "itm": args.itm_weight, "mlm": args.mlm_weight}
     if min(weights.values()) < 0 or max(weights.values()) == 0:
         raise runtime.UserError("loss weights must not be negative, nor all be 0")
@@ -206,7 +219,8 @@ def loader(args, here, source, words, image_size, first):
     order = data.Order(len(source), local, here.rank, here.world, args.seed, first)
     cores = len(os.sched_getaffinity(0)) // here.local_world
     workers = max(0, min(8, cores - 1)) if args.workers is None else args.workers
-    return iter(DataLoader(pairs, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=here.device.type == "cuda"))
+    pin = here.device.type == "cuda"
+    return iter(DataLoader(pairs, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=pin))
 
 
 class Unreadable:
@@ -220,7 +234,7 @@ class Unreadable:
             tqdm.write(f"unreadable image, another stands in: {file}")
             self.files.add(file)
         if len(self.files) > self.limit:
-            raise data.DataError(f"{len(self.files)} images could not be read, more than {self.limit}; the last: {file}")
+            raise data.DataError(f"{len(self.files)} images could not be read, more than {self.limit}: {file}, …")
 
 
 def check_finite(names, first, rows):
@@ -228,9 +242,8 @@ def check_finite(names, first, rows):
     for step, row in enumerate(rows, start=first):
         for name, value in zip(names, row):
             if not math.isfinite(value):
-                raise runtime.UserError(
-                    f"stage vl, step {step}: {name} is {value}; the last checkpoint is from before. Try a lower --lr, or --resume with another --seed"
-                )
+                advice = "the last checkpoint is from before; try a lower --lr, or --resume with another --seed"
+                raise runtime.UserError(f"stage vl, step {step}: {name} is {value}: {advice}")
 
 
 def main():
@@ -261,8 +274,9 @@ def main():
         optimizer.load_state_dict(start["optimizer"])
         here.scaler.load_state_dict(start["scaler"])
         first = start["step"]
-        changed = [f"{name} {old} → {vars(args)[name]}" for name, old in start["args"].items() if vars(args)[name] != old and name != "resume"]
-        here.print(f"resuming after step {first}" + (f", with other flags: {', '.join(changed)}" if changed else ""))
+        flags = {name: (old, vars(args)[name]) for name, old in start["args"].items() if name != "resume"}
+        changed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in flags.items() if old != new)
+        here.print(f"resuming after step {first}" + (f" with other flags: {changed}" if changed else ""))
     if args.compile:
         for block in model.blocks:
             block.compile()
@@ -332,17 +346,21 @@ def main():
         if step % args.log_every == 0 or step % args.save_every == 0 or step == args.steps:
             log(step)
         if here.main and (step % args.save_every == 0 or step == args.steps):
-            runtime.save(last, {
-                "stage": "vl", "step": step, "args": vars(args), "config": dataclasses.asdict(config), "tokenizer": tokenizer.to_str(),
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": here.scaler.state_dict(),
-            })  # fmt: skip
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": here.scaler.state_dict(),
+            }
+            runtime.save(last, described | state | {"stage": "vl", "step": step, "tokenizer": tokenizer.to_str()})
         if val and step % args.eval_every == 0:
             results = evaluated("val", val, step)
-            bar.write(f"step {step}: val TR@1 {results['TR@1']:.1f} IR@1 {results['IR@1']:.1f} mean {results['mean']:.1f}")
+            bar.write(
+                f"step {step}: val TR@1 {results['TR@1']:.1f} IR@1 {results['IR@1']:.1f} mean {results['mean']:.1f}"
+            )
     bar.close()
     if test:
         results = evaluated("test", test, args.steps)
-        here.print(f"zero-shot retrieval on the {len(test)} pictures of split test, never seen:\n{evaluate.table(results)}")
+        here.print(f"zero-shot retrieval on the {len(test)} pictures of split test:\n{evaluate.table(results)}")
     here.print(f"{last} holds the model")
 
 

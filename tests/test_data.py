@@ -75,7 +75,10 @@ def test_vocab_txt_and_tokenizer_json_read_back(words, tmp_path):
         assert tokenizer.encode(CAPTIONS[0]).ids == words.tokenizer.encode(CAPTIONS[0]).ids
 
 
-@pytest.mark.parametrize("name, content, says", [("vocab.txt", "[PAD]\na\n", r"lacks \[UNK\], \[CLS\]"), ("t.json", "{", "holds no tokenizer")])
+@pytest.mark.parametrize(
+    "name, content, says",
+    [("vocab.txt", "[PAD]\na\n", r"lacks \[UNK\], \[CLS\]"), ("t.json", "{", "holds no tokenizer")],
+)
 def test_what_is_no_vocabulary_is_refused(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
     with pytest.raises(data.DataError, match=says):
@@ -126,15 +129,24 @@ def test_every_operation_does_what_its_name_says():
     moved = {name: np.asarray(operation(image, 0.7, 1)).astype(int) for name, operation in data.OPERATIONS.items()}
     before = np.asarray(image).astype(int)
     assert len(moved) == 10 and [name for name in moved if np.array_equal(moved[name], before)] == ["identity"]
-    assert moved["translate-x"][10, 20] == pytest.approx(before[10, 22], abs=1) and (moved["translate-x"][:, -1] == 128).all()
-    assert moved["translate-y"][20, 10] == pytest.approx(before[22, 10], abs=1) and (moved["translate-y"][-1] == 128).all()
+    assert (
+        moved["translate-x"][10, 20] == pytest.approx(before[10, 22], abs=1)
+        and (moved["translate-x"][:, -1] == 128).all()
+    )
+    assert (
+        moved["translate-y"][20, 10] == pytest.approx(before[22, 10], abs=1) and (moved["translate-y"][-1] == 128).all()
+    )
     assert moved["brightness"].mean() > before.mean() and moved["auto-contrast"].max() == 255
     assert (moved["rotate"][0, 0] == 128).all() and np.abs(moved["rotate"][32, 32] - before[32, 32]).max() < 12
 
 
 def test_randaugment_applies_two_operations(monkeypatch):
     called = []
-    monkeypatch.setattr(data, "OPERATIONS", {name: (lambda image, level, sign, name=name: called.append((name, level, sign)) or image) for name in "abc"})
+    monkeypatch.setattr(
+        data,
+        "OPERATIONS",
+        {name: (lambda image, level, sign, name=name: called.append((name, level, sign)) or image) for name in "abc"},
+    )
     for seed in range(100):
         data.rand_augment(gradient_image(), random.Random(seed))
     assert len(called) == 200 and {name for name, _, _ in called} == set("abc")
@@ -168,7 +180,9 @@ def test_manifest(tmp_path):
     name = picture(tmp_path / "a.png")
     manifest(tmp_path, {"image": name, "captions": ["one", ""], "item": 7}, "", {"image": name, "captions": ["é"]})
     source = data.read_sources([tmp_path], "train", 8)
-    assert len(source) == 2 and source.captions(0) == ["one", ""] and source.item(0) == "7" and source.captions(1) == ["é"]
+    assert (
+        len(source) == 2 and source.captions(0) == ["one", ""] and source.item(0) == "7" and source.captions(1) == ["é"]
+    )
     assert source.item(1) == source.path(1) == str(tmp_path / "a.png") and source.image(1).size == (8, 8)
     both = data.read_sources([tmp_path, tmp_path], "train", 8)
     assert len(both) == 4 and both.by_text
@@ -194,7 +208,9 @@ def test_missing_files_are_counted_and_the_first_named(tmp_path):
     picture(tmp_path / "there.png")
     absent = [{"image": f"sub/{i}.png", "captions": ["x"]} for i in range(7)]
     manifest(tmp_path, {"image": "there.png", "captions": ["x"]}, *absent)
-    with pytest.raises(data.DataError, match=r"7 of the 8 images of split train are missing: .*sub/0.png, .*sub/4.png, …"):
+    with pytest.raises(
+        data.DataError, match=r"7 of the 8 images of split train are missing: .*sub/0.png, .*sub/4.png, …"
+    ):
         data.read_sources([tmp_path], "train", 8)
 
 
@@ -218,11 +234,18 @@ def sentence(text):
 
 def test_karpathys_coco_and_flickr30k(tmp_path):
     coco, flickr = tmp_path / "coco", tmp_path / "flickr"
-    picture(coco / "val2014" / "a.jpg"), picture(coco / "train2014" / "b.jpg"), picture(flickr / "flickr30k-images" / "c.jpg")
+    (
+        picture(coco / "val2014" / "a.jpg"),
+        picture(coco / "train2014" / "b.jpg"),
+        picture(flickr / "flickr30k-images" / "c.jpg"),
+    )
+    entry = lambda folder, name, split, *texts: {
+        "filepath": folder, "filename": name, "split": split, "sentences": [sentence(text) for text in texts]
+    }  # fmt: skip
     karpathy(coco, "coco", [
-        {"filepath": "val2014", "filename": "a.jpg", "split": "restval", "cocoid": 1, "sentences": [sentence("A dog."), sentence("Dog")]},
-        {"filepath": "train2014", "filename": "b.jpg", "split": "train", "cocoid": 2, "sentences": [sentence("A cat.")]},
-        {"filepath": "val2014", "filename": "a.jpg", "split": "test", "cocoid": 3, "sentences": [sentence("A test.")]},
+        entry("val2014", "a.jpg", "restval", "A dog.", "Dog"),
+        entry("train2014", "b.jpg", "train", "A cat."),
+        entry("val2014", "a.jpg", "test", "A test."),
     ])  # fmt: skip
     karpathy(flickr, "flickr30k", [{"filename": "c.jpg", "split": "train", "sentences": [sentence("A bird.")]}])
     source = data.read_sources([coco, flickr], "train", 8)
@@ -239,7 +262,9 @@ def test_karpathys_entries_without_captions_are_named(tmp_path):
 
 
 def test_emoji_has_the_splits_it_says(shared):
-    sizes = {split: len(data.read_sources([shared / "data" / "emoji"], split, 64)) for split in ("train", "val", "test")}
+    sizes = {
+        split: len(data.read_sources([shared / "data" / "emoji"], split, 64)) for split in ("train", "val", "test")
+    }
     assert sizes == {"train": 3200, "val": 100, "test": 500}
 
 
@@ -344,7 +369,9 @@ def test_an_unreadable_image_is_named_and_the_next_stands_in(words, tmp_path):
     source = data.read_sources([manifest(tmp_path, *lines)], "train", 8)
     sample = pairs(words, source)[(0, 0)]
     assert [line.split(" (")[0].split("/")[-1] for line in sample["unreadable"]] == list(broken)
-    assert torch.equal(sample["text"], words.encode("good.png")[0]) and sample["image"].float().mean((1, 2)).tolist() == [0, 0, 255]
+    assert torch.equal(sample["text"], words.encode("good.png")[0]) and sample["image"].float().mean(
+        (1, 2)
+    ).tolist() == [0, 0, 255]
     assert data.collate([sample, sample])["unreadable"] == sample["unreadable"] * 2
     only = data.read_sources([manifest(tmp_path, *lines[:3])], "train", 8)
     with pytest.raises(data.DataError, match="no image can be read"):

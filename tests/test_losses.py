@@ -60,7 +60,9 @@ def test_negatives_are_drawn_from_the_softmax_over_candidates():
     drawn, found = losses.draw_negatives(scores, candidate)
     share = torch.bincount(drawn, minlength=4) / 20_000
     assert found.all()
-    torch.testing.assert_close(share, torch.tensor([0.0, *torch.tensor([1.0, 2.0, 0.5]).softmax(0)]), atol=0.015, rtol=0)
+    torch.testing.assert_close(
+        share, torch.tensor([0.0, *torch.tensor([1.0, 2.0, 0.5]).softmax(0)]), atol=0.015, rtol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +125,14 @@ def batch_of(pairs=6):
     text, labels = integers(5, 40, pairs, 16), torch.full((pairs, 16), -100)
     labels[2, 1:12], labels[3, 2], labels[4, 3:5] = integers(5, 40, 11), 7, 9
     ids = torch.tensor([[1, 11], [2, 12], [3, 13], [1, 14], [5, 12], [6, 16]])
-    return {"image": integers(0, 256, pairs, 3, 8, 8).byte(), "text": text, "mask": mask, "masked": text.clone(), "labels": labels, "ids": ids}
+    return {
+        "image": integers(0, 256, pairs, 3, 8, 8).byte(),
+        "text": text,
+        "mask": mask,
+        "masked": text.clone(),
+        "labels": labels,
+        "ids": ids,
+    }
 
 
 def most_similar(scores, candidate):
@@ -185,11 +194,15 @@ def test_gradients_equal_those_of_one_process(world, processes, monkeypatch):
 
 def temperature_gradient():
     answers = []
-    for image, text in [torch.nn.functional.normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1)).double(), dim=-1)]:
+    for image, text in [
+        torch.nn.functional.normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1)).double(), dim=-1)
+    ]:
         b, r = 6 // losses.world(), losses.rank()
         scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
         ids = torch.arange(12).view(6, 2)[r * b :][:b]
-        loss = losses.itc_loss(*losses.similarities(image[r * b :][:b], text[r * b :][:b], scale), losses.same_pairs(ids))
+        loss = losses.itc_loss(
+            *losses.similarities(image[r * b :][:b], text[r * b :][:b], scale), losses.same_pairs(ids)
+        )
         loss.backward()
         answers.append(scale.grad)
     return answers[0]
@@ -205,11 +218,15 @@ def exchanged(world_pairs):
     everyone = losses.gather(ids)
     right = True
     for _ in range(20):
-        drawn, found = losses.draw_negatives(10 * torch.randn(b, world_pairs), losses.candidates(losses.same_pairs(ids), "global"))
+        drawn, found = losses.draw_negatives(
+            10 * torch.randn(b, world_pairs), losses.candidates(losses.same_pairs(ids), "global")
+        )
         right &= torch.equal(losses.exchange(image, drawn), losses.gather(image)[drawn])
         right &= torch.equal(losses.exchange(text, drawn), losses.gather(text)[drawn])
         right &= not (everyone[drawn] == ids).any(1)[found].any().item()
-        local, _ = losses.draw_negatives(torch.randn(b, world_pairs), losses.candidates(losses.same_pairs(ids), "local"))
+        local, _ = losses.draw_negatives(
+            torch.randn(b, world_pairs), losses.candidates(losses.same_pairs(ids), "local")
+        )
     one_owner = torch.zeros(b, dtype=torch.int64)  # everyone asks process 0 for its first sample
     right &= torch.equal(losses.exchange(image, one_owner), losses.gather(image)[one_owner])
     only_own = losses.candidates(torch.zeros(b, world_pairs, dtype=torch.bool), "local")
@@ -228,11 +245,23 @@ def test_exchange_brings_what_a_full_gather_would(world, processes):
 
 # ---- A weight of 0 ---------------------------------------------------------------------------------------------------
 
-ABLATIONS = [{}, {"vl_layers": 0}, {"experts": "shared"}, {"attention": "separate"}, {"position": "relative", "layer_scale": 0.1},
-             {"vl_layers": 0, "attention": "separate"}, {"vl_layers": 2}, {"experts": "shared", "attention": "separate", "vl_layers": 0}]  # fmt: skip
+ABLATIONS = [
+    {},
+    {"vl_layers": 0},
+    {"vl_layers": 2},
+    {"experts": "shared"},
+    {"attention": "separate"},
+    {"attention": "separate", "vl_layers": 0},
+    {"attention": "separate", "vl_layers": 0, "experts": "shared"},
+    {"position": "relative", "layer_scale": 0.1},
+]
 
 
-@pytest.mark.parametrize("active", [["itc"], ["itm"], ["mlm"], ["itc", "itm"], ["itc", "mlm"], ["itm", "mlm"], ["itc", "itm", "mlm"]], ids="+".join)
+@pytest.mark.parametrize(
+    "active",
+    [["itc"], ["itm"], ["mlm"], ["itc", "itm"], ["itc", "mlm"], ["itm", "mlm"], ["itc", "itm", "mlm"]],
+    ids="+".join,
+)
 def test_every_trainable_parameter_gets_a_gradient(active):
     for switches in ABLATIONS:
         torch.manual_seed(0)
@@ -247,9 +276,15 @@ def test_every_trainable_parameter_gets_a_gradient(active):
 @pytest.mark.parametrize("active", [["itm"], ["mlm"]])
 def test_a_single_loss_freezes_the_heads_of_the_others(active):
     stage = VisionLanguageStage(VLMo(SMALL), active)
-    frozen = {name.split(".")[1] for name, p in stage.named_parameters() if not p.requires_grad and not name.startswith("model.blocks")}
+    frozen = {
+        name.split(".")[1]
+        for name, p in stage.named_parameters()
+        if not p.requires_grad and not name.startswith("model.blocks")
+    }
     heads = {"itm": {"pooler", "itm_head"}, "mlm": {"mlm_head"}}
-    assert frozen == {"itc_image", "itc_text", "logit_scale"} | set().union(*(h for name, h in heads.items() if name not in active))
+    assert frozen == {"itc_image", "itc_text", "logit_scale"} | set().union(
+        *(h for name, h in heads.items() if name not in active)
+    )
 
 
 def test_one_pair_alone_trains_without_negatives():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mome import CONFIGS, Block, Branch, Config, MoME, VLMo, relative_index
+from mome import CONFIGS, Branch, Config, MoME, VLMo, relative_index
 
 SMALL = Config(dim=24, layers=3, heads=3, vl_layers=1, image_size=16, patch_size=4, vocab_size=50, max_text_len=12)
 VARIANTS = {
@@ -117,7 +117,9 @@ def test_relative_bias_is_added_to_the_scores():
         bias = torch.empty(H, 29, 29, dtype=torch.float64)
         for q in range(29):
             for k in range(29):
-                bias[:, q, k] = model.relative_table[table_row(q, k, T=12, side=4, reach=196), layer * H : (layer + 1) * H]
+                bias[:, q, k] = model.relative_table[
+                    table_row(q, k, T=12, side=4, reach=196), layer * H : (layer + 1) * H
+                ]
         vl = layer == 2
         x = plain_block(block, x, 12, lambda row: "vl" if vl else "language" if row < 12 else "vision", keys, bias)
     torch.testing.assert_close(model.encode_pair(text, mask, image), model.norm(x), rtol=1e-10, atol=1e-10)
@@ -128,7 +130,9 @@ def table_row(q, k, T, side, reach):
     I = (2 * side - 1) ** 2 + 3
     last = I + 2 * reach + 2
     if q < T and k < T:
-        return {(True, True): last - 1, (True, False): last - 3, (False, True): last - 2}.get((q == 0, k == 0), I + reach + k - q)
+        return {(True, True): last - 1, (True, False): last - 3, (False, True): last - 2}.get(
+            (q == 0, k == 0), I + reach + k - q
+        )
     if q < T or k < T:
         return I if q < T else I + 1
     q, k = q - T, k - T

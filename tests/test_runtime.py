@@ -90,7 +90,10 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
     assert not (tmp_path / "was here").exists()
 
 
-@pytest.mark.parametrize("weights", [{"a": torch.zeros(2)}, {"weight": torch.zeros(3, 2)}, {"weight": torch.zeros(2, 2), "more": torch.zeros(1)}])
+@pytest.mark.parametrize(
+    "weights",
+    [{"a": torch.zeros(2)}, {"weight": torch.zeros(3, 2)}, {"weight": torch.zeros(2, 2), "more": torch.zeros(1)}],
+)
 def test_weights_of_another_shape_are_refused_by_name(weights):
     model = torch.nn.Linear(2, 2, bias=False)
     before = model.weight.clone()

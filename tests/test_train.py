@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,12 +11,12 @@ import torch
 from PIL import Image
 
 import data
-import evaluate
 import runtime
 import train
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8 --batch-size 8 --warmup 2 --log-every 2 --workers 0".split()
+SMALL = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8 --batch-size 8 --warmup 2 --log-every 2".split()
+SMALL += ["--workers", "0"]
 
 
 def call(monkeypatch, script, *flags):
@@ -29,7 +27,8 @@ def call(monkeypatch, script, *flags):
 
 def command(*words, processes=1, **environment):
     """A script in a process of its own, or several under torchrun."""
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    start = [sys.executable, *(launcher if processes > 1 else [])]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run([*start, *map(str, words)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
@@ -46,7 +45,11 @@ def metrics(folder):
 
 
 def losses_of(folder):
-    return [{name: entry[name] for name in ("itc", "itm", "mlm", "gradient norm")} for entry in metrics(folder) if "itc" in entry]
+    return [
+        {name: entry[name] for name in ("itc", "itm", "mlm", "gradient norm")}
+        for entry in metrics(folder)
+        if "itc" in entry
+    ]
 
 
 def pictures(folder, count=6, split="train"):
@@ -74,7 +77,11 @@ def test_a_run_leaves_a_checkpoint_metrics_and_its_configuration(run):
     content = runtime.load(run / "last.pt")
     assert content["step"] == 6 and content["config"]["dim"] == 32 and content["args"]["batch_size"] == 8
     entries = metrics(run)
-    assert [entry["step"] for entry in entries] == [2, 4, 6, 6] and entries[-1]["split"] == "test" and "TR@1" in entries[-1]
+    assert (
+        [entry["step"] for entry in entries] == [2, 4, 6, 6]
+        and entries[-1]["split"] == "test"
+        and "TR@1" in entries[-1]
+    )
     assert {"itc", "itm", "mlm", "gradient norm", "lr", "scale", "pairs_per_s", "unreadable"} <= entries[0].keys()
     assert json.loads((run / "config.json").read_text())["config"]["vocab_size"] == content["config"]["vocab_size"]
 
@@ -128,9 +135,25 @@ def test_a_second_run_in_the_same_folder_moves_the_first_aside(tmp_path, monkeyp
 
 
 def test_init_starts_from_a_checkpoint(run, tmp_path, monkeypatch):
-    call(monkeypatch, train, "--init", run / "last.pt", *SMALL[-6:], "--batch-size", 8, "--lr", 0, "--steps", 1, "--out", tmp_path)
+    call(
+        monkeypatch,
+        train,
+        "--init",
+        run / "last.pt",
+        *SMALL[-6:],
+        "--batch-size",
+        8,
+        "--lr",
+        0,
+        "--steps",
+        1,
+        "--out",
+        tmp_path,
+    )
     before, after = runtime.load(run / "last.pt"), runtime.load(tmp_path / "last.pt")
-    assert after["step"] == 1 and all(torch.equal(before["model"][name], after["model"][name]) for name in before["model"])
+    assert after["step"] == 1 and all(
+        torch.equal(before["model"][name], after["model"][name]) for name in before["model"]
+    )
     assert after["tokenizer"] == before["tokenizer"] and after["config"] == before["config"]
 
 
@@ -142,11 +165,20 @@ def test_accumulated_passes_give_the_mean_of_their_gradients(tmp_path, monkeypat
     for passes in (1, 2):
         call(monkeypatch, train, *flags, "--accumulate", passes, "--out", tmp_path / str(passes))
     once, twice = (metrics(tmp_path / name)[0] for name in ("1", "2"))
-    assert once["gradient norm"] == pytest.approx(twice["gradient norm"], rel=1e-5) and once["mlm"] == pytest.approx(twice["mlm"], rel=1e-6)
+    for name in ("mlm", "gradient norm"):
+        assert once[name] == pytest.approx(twice[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", ["--itm-weight 0 --mlm-weight 0", "--itc-weight 0", "--negatives local --experts shared --vl-layers 0",
-                                   "--position relative --layer-scale 0.1 --attention separate --drop-path 0.2", "--batch-size 1 --amp bf16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--itm-weight 0 --mlm-weight 0",
+        "--itc-weight 0",
+        "--negatives local --experts shared --vl-layers 0",
+        "--position relative --layer-scale 0.1 --attention separate --drop-path 0.2",
+        "--batch-size 1 --amp bf16",
+    ],
+)
 def test_every_variant_trains(flags, tmp_path, monkeypatch):
     call(monkeypatch, train, *SMALL, "--steps", 2, "--out", tmp_path, *flags.split())
     assert runtime.load(tmp_path / "last.pt")["step"] == 2
@@ -157,7 +189,9 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch
     scaler = runtime.load(tmp_path / "a" / "last.pt")["scaler"]
     assert scaler["scale"] == 65536.0
     initial = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: initial(device, init_scale=2.0**40, enabled=enabled))
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: initial(device, init_scale=2.0**40, enabled=enabled)
+    )
     call(monkeypatch, train, *SMALL, "--steps", 1, "--out", tmp_path / "b", "--amp", "fp16")
     content = runtime.load(tmp_path / "b" / "last.pt")
     assert content["scaler"]["scale"] == 2.0**39
@@ -180,7 +214,10 @@ def test_eval_every_watches_the_val_split(tmp_path, monkeypatch):
     folder = pictures(tmp_path / "data")
     pictures(folder, split="val")
     call(monkeypatch, train, *SMALL, "--steps", 2, "--eval-every", 1, "--data", folder, "--out", tmp_path / "out")
-    assert [(entry["step"], entry["split"]) for entry in metrics(tmp_path / "out") if "split" in entry] == [(1, "val"), (2, "val")]
+    assert [(entry["step"], entry["split"]) for entry in metrics(tmp_path / "out") if "split" in entry] == [
+        (1, "val"),
+        (2, "val"),
+    ]
 
 
 def test_evaluate_reports_any_checkpoint(run):
@@ -188,7 +225,9 @@ def test_evaluate_reports_any_checkpoint(run):
     assert answer.returncode == 0 and "500 images, 1000 captions" in answer.stdout
     results = json.loads(answer.stdout.strip().splitlines()[-1])
     expected = metrics(run)[-1]
-    assert results["TR@1"] == pytest.approx(expected["TR@1"], abs=0.01) and results["mean"] == pytest.approx(expected["mean"], abs=0.01)
+    assert results["TR@1"] == pytest.approx(expected["TR@1"], abs=0.01) and results["mean"] == pytest.approx(
+        expected["mean"], abs=0.01
+    )
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
@@ -201,8 +240,8 @@ def test_mistakes_are_one_line_and_exit_status_2(run, tmp_path):
     (tmp_path / "x.pt").write_text("no checkpoint")
     refused(command("evaluate.py", "--checkpoint", tmp_path / "x.pt"), "not a checkpoint of this project")
     answer = command("train.py", *SMALL, "--batch-size", 7, "--out", nothing, processes=2)
-    assert answer.returncode != 0 and "error: --batch-size 7 is not divisible by 2 processes" in answer.stderr.splitlines()[0] + answer.stderr
-    assert "Traceback" not in answer.stderr.split("ChildFailedError")[0].split("torch/distributed")[0] and not nothing.exists()
+    assert answer.returncode != 0 and "error: --batch-size 7 is not divisible by 2 processes" in answer.stderr
+    assert 'train.py", line' not in answer.stderr and not nothing.exists()  # a traceback of torchrun's, none of ours
 
 
 @pytest.mark.parametrize(
@@ -257,7 +296,9 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all(tmp_path):
     assert not (tmp_path / "out" / "last.pt").exists()
 
 
-def test_corrupt_images_are_counted_and_named_once_in_training_and_an_error_in_evaluation(tmp_path, monkeypatch, capsys):
+def test_corrupt_images_are_counted_and_named_once_in_training_and_an_error_in_evaluation(
+    tmp_path, monkeypatch, capsys
+):
     folder = pictures(tmp_path / "data")
     pictures(folder, split="test")
     (folder / "2.png").write_bytes(b"broken")
