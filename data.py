@@ -1,10 +1,12 @@
 """Image-text pairs: WordPiece, whole-word masking, augmentation, data sets on disk, and the built-in world of shapes.
 
 A *source* is a collection of pictures with captions: `len(source)`, `source.image(i)` (RGB), `source.captions(i)` (list
-of str), `source.item(i)` (str; pictures of one item are no negatives of each other), `source.corpus()` (captions to
-train a vocabulary on), and `source.by_text`: in retrieval a caption is right for every picture that has it; False: for
-the picture it was written for alone.
+of str), `source.item(i)` (str; pictures of one item are no negatives of each other), `source.path(i)` (names it in
+messages), `source.corpus()` (captions to train a vocabulary on), and `source.by_text`: in retrieval a caption is right
+for every picture that has it; False: for the picture it was written for alone.
 Every random choice about a sample is a function of (seed, epoch, index): workers may come and go.
+
+Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP], S side of a square image in pixels.
 """
 
 import functools
@@ -68,7 +70,8 @@ def load_tokenizer(path):
         raise DataError(f"vocabulary {path} cannot be read: {error}") from None
     if Path(path).suffix == ".json":
         return tokenizer_from_json(text, path)
-    tokenizer = wordpiece({piece: i for i, piece in enumerate(text.splitlines())})
+    pieces = text.removesuffix("\n").split("\n")
+    tokenizer = wordpiece({piece.removesuffix("\r"): i for i, piece in enumerate(pieces)})
     return check_tokenizer(tokenizer, path)
 
 
@@ -84,6 +87,11 @@ def check_tokenizer(tokenizer, path):
     absent = [token for token in SPECIAL if tokenizer.token_to_id(token) is None]
     if absent:
         raise DataError(f"vocabulary {path} lacks {', '.join(absent)}")
+    ids = sorted(tokenizer.get_vocab().values())
+    if ids != list(range(len(ids))):
+        raise DataError(f"vocabulary {path} has an entry twice or a number without one: {len(ids)} up to {ids[-1]}")
+    tokenizer.no_padding()  # Words pads and cuts
+    tokenizer.no_truncation()
     return tokenizer
 
 
@@ -242,10 +250,21 @@ def read_json(path, text=None, where=None):
         raise DataError(f"{where or path}: no valid JSON: {error}") from None
 
 
-def read_manifest(path):
+def check_captions(captions, where):
+    """captions, or DataError unless they are a list of at least one string (of characters that can be encoded)."""
+    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
+        raise DataError(f"{where}: captions must be a list of at least one string, not {json.dumps(captions)[:80]}")
+    try:
+        "".join(captions).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: a caption is no valid text: {error}") from None
+    return captions
+
+
+def read_manifest(path, split):
     """{"image": path below the manifest's folder, "captions": [str, …], "item": optional}, one a line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -253,14 +272,12 @@ def read_manifest(path):
             continue
         where = f"{path}, line {number}"
         entry = read_json(path, line, where)
-        image = entry.get("image") if isinstance(entry, dict) else None
-        captions = entry.get("captions") if isinstance(entry, dict) else None
-        if not isinstance(image, str):
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise DataError(f'{where}: needs {{"image": path, "captions": [text, …]}}')
-        if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
-            raise DataError(f"{where}: captions must be a list of at least one string, not {json.dumps(captions)[:80]}")
-        file = Path(path).parent / image
-        yield file, captions, str(entry.get("item", file))
+        item, file = entry.get("item"), Path(path).parent / entry["image"]
+        if not isinstance(item, str | int | None):
+            raise DataError(f"{where}: item must be a text or a number, not {json.dumps(item)[:80]}")
+        yield file, check_captions(entry.get("captions"), where), str(file if item is None else item)
 
 
 def read_karpathy(path, split):
@@ -271,33 +288,25 @@ def read_karpathy(path, split):
     folder = Path(path).parent
     roots = [folder, folder / "images", folder / "flickr30k-images", folder / "flickr30k_images"]
     for number, entry in enumerate(content["images"]):
+        where = f"{path}, image {number}"
         try:
             name, own = Path(entry.get("filepath", ""), entry["filename"]), entry["split"]
             captions = [sentence["raw"] for sentence in entry["sentences"]]
         except (KeyError, TypeError, AttributeError):
-            raise DataError(f"{path}: image {number} lacks filename, split or sentences with raw text") from None
+            raise DataError(f"{where}: needs filename, split, and sentences with raw text") from None
         if own == split or (own == "restval" and split == "train"):
             file = next((root / name for root in roots if (root / name).exists()), folder / name)
-            yield file, captions, str(file)
+            yield file, check_captions(captions, where), str(file)
 
 
-def find_karpathy(folder, split):
-    """Karpathy's JSON in a folder that has no manifest of its own for the split; else None."""
-    if Path(folder, f"{split}.jsonl").exists():
-        return None
-    files = (Path(folder, f"dataset_{name}.json") for name in ("coco", "flickr30k"))
-    return next((file for file in files if file.exists()), None)
-
-
-def read_folder(folder, split):
-    """The records of one --data folder: a `{split}.jsonl` manifest or Karpathy's JSON."""
-    if not Path(folder).is_dir():
-        raise DataError(f"--data {folder}: no such folder")
-    if karpathy := find_karpathy(folder, split):
-        return read_karpathy(karpathy, split)
-    if not Path(folder, f"{split}.jsonl").exists():
-        raise DataError(f"--data {folder}: has no {split}.jsonl, dataset_coco.json or dataset_flickr30k.json")
-    return read_manifest(Path(folder, f"{split}.jsonl"))
+def find_split(folder, split):
+    """What one --data folder has of a split: (file, its reader), or None. A manifest goes before Karpathy's JSON."""
+    readers = {
+        f"{split}.jsonl": read_manifest,
+        "dataset_coco.json": read_karpathy,
+        "dataset_flickr30k.json": read_karpathy,
+    }
+    return next(((Path(folder, name), readers[name]) for name in readers if Path(folder, name).exists()), None)
 
 
 def missing_files(paths):
@@ -306,29 +315,30 @@ def missing_files(paths):
     return [path for path in paths if os.path.basename(path) not in present(os.path.dirname(path) or ".")]
 
 
-def read_sources(data, split, image_size, seed=0, count=None):
+def read_sources(data, split, image_size, seed=0, needed=True):
     """The source that --data names: "shapes", or one or more folders. DataError before any work if files are missing.
 
-    count: how many scenes of the built-in world (None: the split's own number).
+    needed: every folder must have the split; else the source is that of those that do, or None if none does.
     """
     if list(data) == ["shapes"]:
-        return Shapes(split, image_size, seed, count)
-    karpathy = any(find_karpathy(folder, split) for folder in data)
-    source = Records(itertools.chain.from_iterable(read_folder(folder, split) for folder in data), by_text=not karpathy)
-    if not len(source):
+        return Shapes(split, image_size, seed)
+    found = []
+    for folder in data:
+        if not Path(folder).is_dir():
+            raise DataError(f"--data {folder}: no such folder")
+        if file_and_reader := find_split(folder, split):
+            found.append(file_and_reader)
+        elif needed:
+            raise DataError(f"--data {folder}: has no {split}.jsonl, dataset_coco.json or dataset_flickr30k.json")
+    records = itertools.chain.from_iterable(reader(file, split) for file, reader in found)
+    source = Records(records, by_text=all(reader is read_manifest for _, reader in found))
+    if not len(source) and needed:
         raise DataError(f"--data {' '.join(map(str, data))}: no pictures in split {split}")
     missing = missing_files([source.path(i) for i in range(len(source))])
     if missing:
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise DataError(f"{len(missing)} of the {len(source)} images of split {split} are missing: {names}")
-    return source
-
-
-def read_if_any(data, split, image_size):
-    """The source of those --data folders that have the split; None if none does."""
-    has = lambda folder: find_karpathy(folder, split) or Path(folder, f"{split}.jsonl").exists()
-    having = [folder for folder in data if folder == "shapes" or has(folder)]
-    return read_sources(having, split, image_size) if having else None
+    return source if len(source) else None
 
 
 # ---- The built-in world ----------------------------------------------------------------------------------------------
@@ -377,6 +387,9 @@ class Shapes:
 
     def item(self, i):
         return self.captions(i)[0]
+
+    def path(self, i):
+        return f"scene {i} of {self.split}"
 
     def corpus(self):
         return [caption for i in range(2000) for caption in self.captions(i)]  # all its words many times
@@ -436,11 +449,15 @@ def stable_hash(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+IN_A_ROW = 100  # unreadable images in a row: not a few broken files, but a disk that is gone
+
+
 class Pairs(Dataset):
     """Training samples (image, one of its captions) of a source, indexed by (epoch, index).
 
     A sample: image uint8 (3, S, S); text, masked, labels (T,) int64; mask (T,) bool, True = real token; ids (2,) int64,
     hashes of item and caption; unreadable, the files met on the way that could not be read: the next picture stands in.
+    After 100 such files in a row a sample has nothing else.
     """
 
     def __init__(self, source, words, image_size, seed, augmentation, flip):
@@ -450,17 +467,15 @@ class Pairs(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        unreadable = []
-        for step in range(len(self.source)):
-            i = (index + step) % len(self.source)
+        image, unreadable = None, []
+        while image is None:
+            i = (index + len(unreadable)) % len(self.source)
             try:
                 image = self.source.image(i)
             except UNREADABLE as error:
                 unreadable.append(f"{self.source.path(i)} ({type(error).__name__})")
-                continue
-            break
-        else:
-            raise DataError(f"no image can be read; the first: {unreadable[0]}")
+                if len(unreadable) == IN_A_ROW:
+                    return {"unreadable": unreadable}  # for the main process to raise: a worker's error is a traceback
         caption = rng.choice(self.source.captions(i))
         text, mask, words = self.words.encode(caption)
         masked, labels = self.words.mask_words(text, words, rng)
@@ -477,9 +492,10 @@ def cut(mask):
 
 
 def collate(samples):
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0] if name != "unreadable"}
-    batch["unreadable"] = [file for sample in samples for file in sample["unreadable"]]
-    return batch
+    """Samples of Pairs, stacked, with one list of unreadable files; that list alone if a sample has nothing else."""
+    names = [name for name in samples[0] if name != "unreadable" and all(name in sample for sample in samples)]
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
+    return batch | {"unreadable": [file for sample in samples for file in sample["unreadable"]]}
 
 
 class Order:

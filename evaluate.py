@@ -63,8 +63,8 @@ def retrieval(model, source, words, device, batch=64):
         ids, mask = (torch.stack(parts) for parts in zip(*(words.encode(captions[n][1])[:2] for n in numbers)))
         T = data.cut(mask)
         text.append(model.embed_text(ids[:, :T].to(device), mask[:, :T].to(device)))
-    image = losses.gather(torch.cat(image))[: len(source)].float()  # (I, D)
-    text = losses.gather(torch.cat(text))[: len(captions)].float()  # (C, D)
+    image = losses.gather(torch.cat(image))[: len(source)]  # (I, D)
+    text = losses.gather(torch.cat(text))[: len(captions)]  # (C, D)
     owners = {}
     for i, caption in captions:
         owners.setdefault(caption if source.by_text else i, []).append(i)
@@ -72,7 +72,8 @@ def retrieval(model, source, words, device, batch=64):
     for n, (i, caption) in enumerate(captions):
         relevant[owners[caption if source.by_text else i], n] = True
     model.train(training)
-    return retrieval_recall(image @ text.T, relevant.to(device))
+    with torch.autocast(image.device.type, enabled=False):  # rounded scores would tie
+        return retrieval_recall(image @ text.T, relevant.to(device))
 
 
 def table(results):
@@ -84,13 +85,14 @@ def table(results):
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def load_model(path, device):
-    """A checkpoint of this project → VLMo in evaluation mode, its Words, and the checkpoint itself."""
-    checkpoint = runtime.load(path)
-    model = VLMo(Config(**checkpoint["config"]))
-    runtime.load_weights(model, checkpoint["model"], path)
-    words = data.Words(data.tokenizer_from_json(checkpoint["tokenizer"], path), model.config.max_text_len)
-    return model.to(device).eval(), words, checkpoint
+def read_checkpoint(path):
+    """A checkpoint of this project → (its content, Config, tokenizer). UserError if it is none."""
+    content = runtime.load(path)
+    try:
+        config = Config(**content["config"])
+    except (TypeError, ValueError) as error:
+        raise runtime.UserError(f"{path}: its architecture is not one of this version: {error}") from None
+    return content, config, data.tokenizer_from_json(content["tokenizer"], path)
 
 
 def main():
@@ -102,9 +104,15 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off")
     args = parser.parse_args()
+    if args.batch_size < 1:
+        raise runtime.UserError("--batch-size must be at least 1")
     here = runtime.Runtime(args.amp)
-    model, words, _ = load_model(args.checkpoint, here.device)
-    source = data.read_sources(args.data, args.split, model.config.image_size)
+    content, config, tokenizer = read_checkpoint(args.checkpoint)
+    model = VLMo(config)
+    runtime.load_weights(model, content["model"], args.checkpoint)
+    model.to(here.device)
+    words = data.Words(tokenizer, config.max_text_len)
+    source = data.read_sources(args.data, args.split, config.image_size)
     with here.autocast():
         results = retrieval(model, source, words, here.device, args.batch_size)
     captions = sum(len(source.captions(i)) for i in range(len(source)))

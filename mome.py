@@ -55,7 +55,7 @@ class Config:
 
 CONFIGS = {
     "tiny": Config(
-        dim=128, layers=4, heads=4, vl_layers=1, image_size=48, patch_size=8, vocab_size=512, max_text_len=32
+        dim=128, layers=3, heads=2, vl_layers=1, image_size=48, patch_size=12, vocab_size=512, max_text_len=24
     ),
     "base": Config(drop_path=0.1),
     "base_plus": Config(dim=544, layers=24, heads=16, vl_layers=3, drop_path=0.1),
@@ -230,8 +230,8 @@ class MoME(nn.Module):
             upper = torch.cat([index, across.expand(T, len(self.image_index))], dim=1)
             lower = torch.cat([(across + 1).expand(len(self.image_index), T), self.image_index], dim=1)
             index = torch.cat([upper, lower])  # (T+1+N, T+1+N)
-        bias = self.relative_table[index].unflatten(-1, (len(self.blocks), -1)).permute(2, 3, 0, 1)  # (L, H, S, S)
-        for layer in bias.unsqueeze(1):  # (1, H, S, S)
+        bias = self.relative_table[index].unflatten(-1, (len(self.blocks), -1))  # (S, S, L, H)
+        for layer in bias.permute(2, 3, 0, 1).contiguous().unsqueeze(1):  # (1, H, S, S), as fused kernels want it
             yield layer if mask is None else layer.masked_fill(~mask, -math.inf)
 
 

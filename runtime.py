@@ -3,8 +3,10 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import pickle
+import struct
 import sys
 import time
 from pathlib import Path
@@ -21,14 +23,14 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, without the usage of fifty flags above it."""
+    """argparse whose errors are UserErrors: one line, without the usage of fifty flags above it."""
 
     def __init__(self, description):
         plain = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=plain, allow_abbrev=False)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def run(main, *mistakes):
@@ -70,7 +72,6 @@ class Runtime:
                 raise UserError(f"process {local} has no GPU: start at most {torch.cuda.device_count()} per node")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
         else:
             self.device = torch.device("cpu")
         if self.world > 1:
@@ -86,7 +87,16 @@ class Runtime:
         if self.world == 1:
             return stage
         ids = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(stage, device_ids=ids, gradient_as_bucket_view=True)
+        return nn.parallel.DistributedDataParallel(
+            stage, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+        )
+
+    def from_main(self, answer):
+        """Process 0's answer() on all processes; the others do not ask."""
+        answers = [answer() if self.main else None]
+        if self.world > 1:
+            dist.broadcast_object_list(answers, device=self.device)
+        return answers[0]
 
     def synchronised(self, stage, last):
         """Around a pass: gradients are sent in the last pass of a step; in those before they add up on this process."""
@@ -139,17 +149,24 @@ def learning_rate(step, steps, warmup, peak):
 
 
 def save(path, content):
-    """Writes a checkpoint whole or not at all: to a temporary name, synced to disk, renamed."""
+    """Writes a checkpoint whole or not at all: to a temporary name, synced to disk, renamed. UserError if it cannot."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} could not be written, what was there before is kept: {error}") from None
+
+
+DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError)
+DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a file that is no checkpoint
 
 
 def load(path):
@@ -158,7 +175,7 @@ def load(path):
         raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, OSError) as error:
+    except DAMAGED as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError(f"{path} is not a checkpoint of this project, or is damaged ({reason})") from None
     if not isinstance(content, dict) or not {"config", "model", "tokenizer"} <= content.keys():
@@ -169,7 +186,7 @@ def load(path):
 def load_weights(model, weights, path):
     """Copies a state dict into the model. UserError if names or shapes differ, naming the first that does."""
     own = model.state_dict()
-    for name in own.keys() | weights.keys():
+    for name in own | weights:
         if name not in own or name not in weights or own[name].shape != weights[name].shape:
             shape = lambda tensors: tuple(tensors[name].shape) if name in tensors else "missing"
             raise UserError(f"{path} is of another shape: {name} is {shape(weights)} there and {shape(own)} here")
@@ -183,11 +200,13 @@ class Metrics:
         self.file = None
         if main:
             path = Path(folder, "metrics.jsonl")
-            lines = path.read_text().splitlines() if path.exists() and step else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
+            whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
             self.file = open(path, "w", buffering=1)
-            self.file.writelines(line + "\n" for line in kept)
+            self.file.writelines(line for line in whole if json.loads(line)["step"] <= step)
 
     def write(self, **entry):
+        """Numbers that are not finite, such as the gradient norm of a skipped fp16 step, become null."""
         if self.file:
-            self.file.write(json.dumps(entry) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+            self.file.write(json.dumps(finite) + "\n")

@@ -7,6 +7,7 @@ Shape letters: b local batch, W processes, B = W·b, T text tokens, N patches, D
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from mome import CONFIGS, Config, VLMo
 
 # Per config: what the paper publishes (Section 4.1), and what suits the tiny one on two CPU cores.
 RECIPES = {
-    "tiny": {"batch_size": 64, "steps": 2000, "warmup": 100, "lr": 1e-3, "clip": 1.0},
+    "tiny": {"batch_size": 64, "steps": 800, "warmup": 80, "lr": 1e-3, "clip": 1.0},
     "base": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0},
     "base_plus": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0},
     "large": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 5e-5, "clip": 0.0},
@@ -80,7 +81,7 @@ class VisionLanguageStage(nn.Module):
         out = {}
         if "mlm" in self.active:
             labels = batch["labels"][:, :T]  # (b, T)
-            at = labels != data.IGNORE
+            at = (labels != data.IGNORE).nonzero(as_tuple=True)
             out["mlm"] = losses.mlm_loss(self.model.mlm_head(hidden[:b][at]), labels[at])  # of (M, V), (M,)
         if "itm" in self.active:
             pooled = self.model.pool(hidden[-3 * b :])  # (3b, D)
@@ -159,82 +160,93 @@ def parse():
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision [off]")
     group.add_argument("--compile", action="store_true", help="compile the blocks")
 
-    group = parser.add_argument_group("architecture", "--config, and any field of it")
+    group = parser.add_argument_group("architecture", "--config, and any field of it; in brackets each config's value")
     group.add_argument("--config", choices=list(CONFIGS), help="[tiny, or that of --init]")
     for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, type=field.type, metavar=field.type.__name__.upper())
+        values = ", ".join(f"{name} {vars(config)[field.name]}" for name, config in CONFIGS.items())
+        flag, kind = "--" + field.name.replace("_", "-"), field.type
+        group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"[{values}]")
     return parser.parse_args()
 
 
 def check(args, here):
     """Fills in the recipe's defaults → weights of the losses in use. UserError for numbers that do not fit."""
     for name, value in RECIPES[args.config].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+        if vars(args)[name] is None:
+            vars(args)[name] = value
     if min(args.batch_size, args.accumulate, args.steps, args.save_every, args.log_every) < 1:
         raise runtime.UserError("--batch-size, --accumulate, --steps, --save-every and --log-every must be at least 1")
+    if min(args.seed, args.warmup, args.eval_every, args.workers or 0) < 0:
+        raise runtime.UserError("--seed, --warmup, --eval-every and --workers must not be negative")
+    weights = {"itc": args.itc_weight, "itm": args.itm_weight, "mlm": args.mlm_weight}
+    if not all(math.isfinite(value) and value >= 0 for value in (args.lr, args.clip, *weights.values())):
+        raise runtime.UserError("--lr, --clip and the losses' weights must be finite and not negative")
+    if not any(weights.values()):
+        raise runtime.UserError("the losses' weights must not all be 0")
     if args.batch_size % (here.world * args.accumulate):
         parts = f"{here.world} processes × {args.accumulate} passes (--accumulate)"
         raise runtime.UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
-    weights = {"itc": args.itc_weight, "itm": args.itm_weight, "mlm": args.mlm_weight}
-    if min(weights.values()) < 0 or max(weights.values()) == 0:
-        raise runtime.UserError("loss weights must not be negative, nor all be 0")
     return {name: weight for name, weight in weights.items() if weight > 0}
 
 
-def configure(args, start):
-    """The architecture: that of a checkpoint (`start`) or of --config, with the flags on top."""
-    base = Config(**start["config"]) if start and not args.config else CONFIGS[args.config or "tiny"]
-    flags = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config)}
+def configure(args, config):
+    """The architecture: `config` of a checkpoint (or None), or that of --config, with the flags on top."""
+    base = CONFIGS[args.config or "tiny"] if args.config or not config else config
+    flags = {field.name: vars(args)[field.name] for field in dataclasses.fields(Config)}
     try:
         return dataclasses.replace(base, **{name: value for name, value in flags.items() if value is not None})
     except ValueError as error:
         raise runtime.UserError(str(error)) from None
 
 
-def tokenizer_for(args, start, path, source, size):
-    """The checkpoint's, that of --vocab, or one trained on the captions."""
-    if start:
-        return data.tokenizer_from_json(start["tokenizer"], path)
+def make_tokenizer(args, here, source, size):
+    """That of --vocab, or one trained on the captions, by process 0."""
     if args.vocab:
         return data.load_tokenizer(args.vocab)
-    return data.train_tokenizer(source.corpus(), size)
+    text = here.from_main(lambda: data.train_tokenizer(source.corpus(), size).to_str())
+    return data.tokenizer_from_json(text, "the new tokenizer")
 
 
 def prepare_folder(out, resumed, here):
     """--out exists; what an earlier run left there moves aside, so that nothing is lost."""
-    if here.main and not resumed and (out / "last.pt").exists():
-        aside = next(path for n in range(1, 10_000) if not (path := out.with_name(f"{out.name}.{n}")).exists())
-        out.rename(aside)
-        here.print(f"{out} held a run: moved to {aside} (--resume would have continued it)")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if here.main and not resumed and (out / "last.pt").exists():
+            names = (Path(f"{out.resolve()}.{n}") for n in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            out.resolve().rename(aside)
+            here.print(f"{out} held a run: moved to {aside.name} beside it (--resume would have continued it)")
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise runtime.UserError(f"--out {out}: {error.strerror}") from None
 
 
-def loader(args, here, source, words, image_size, first):
-    """Endless batches of this process from pass `first` on."""
+def loader(args, here, source, words, image_size, start):
+    """Endless batches of this process from pass `start` on."""
     kind = args.augment or ("none" if args.data == ["shapes"] else "randaugment")
     pairs = data.Pairs(source, words, image_size, args.seed, kind, args.flip)
     local = args.batch_size // here.world // args.accumulate
-    order = data.Order(len(source), local, here.rank, here.world, args.seed, first)
-    cores = len(os.sched_getaffinity(0)) // here.local_world
-    workers = max(0, min(8, cores - 1)) if args.workers is None else args.workers
-    pin = here.device.type == "cuda"
-    return iter(DataLoader(pairs, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=pin))
+    order = data.Order(len(source), local, here.rank, here.world, args.seed, start)
+    workers, gpu = args.workers, here.device.type == "cuda"
+    if workers is None:  # on a CPU they would only take the cores that compute
+        workers = max(1, min(8, (os.cpu_count() or 1) // here.local_world - 1)) if gpu else 0
+    return iter(DataLoader(pairs, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=gpu))
 
 
 class Unreadable:
-    """Image files that could not be read: each named once and counted; too many end the run."""
+    """Image files that this process could not read: each named once and counted; too many end the run."""
 
     def __init__(self, images):
         self.files, self.limit = set(), max(10, images // 100)
 
-    def add(self, files):
+    def check(self, batch):
+        """Takes the list of files out of a batch."""
+        files = batch.pop("unreadable")
         for file in sorted(set(files) - self.files):
             tqdm.write(f"unreadable image, another stands in: {file}")
             self.files.add(file)
-        if len(self.files) > self.limit:
-            raise data.DataError(f"{len(self.files)} images could not be read, more than {self.limit}: {file}, …")
+        if len(self.files) > self.limit or not batch:
+            reason = f"more than {self.limit}" if batch else f"{data.IN_A_ROW} in a row"
+            raise data.DataError(f"{len(self.files)} images could not be read, {reason}: {files[0]}, …")
 
 
 def check_finite(names, first, rows):
@@ -246,22 +258,42 @@ def check_finite(names, first, rows):
                 raise runtime.UserError(f"stage vl, step {step}: {name} is {value}: {advice}")
 
 
+def continue_from(start, path, described, here, optimizer):
+    """Puts optimizer and scaler where a checkpoint left them → the number of steps done."""
+    try:
+        done, then = start["step"], start["args"] | {"processes": start["processes"]}
+        optimizer.load_state_dict(start["optimizer"])
+        if start["scaler"] and here.scaler.is_enabled():
+            here.scaler.load_state_dict(start["scaler"])
+    except (KeyError, ValueError):
+        advice = "resume with the losses that it was trained with, or start from it with --init"
+        raise runtime.UserError(f"{path} holds no run that can be continued like this: {advice}") from None
+    now = described["args"] | {"processes": described["processes"], "resume": then.get("resume")}
+    changed = [f"{name} {then.get(name)} → {value}" for name, value in now.items() if value != then.get(name)]
+    here.print(f"resuming after step {done}" + (f" with other flags: {', '.join(changed)}" if changed else ""))
+    return done
+
+
 def main():
     args = parse()
     here = runtime.Runtime(args.amp)
     out, last = Path(args.out), Path(args.out, "last.pt")
-    resumed = args.resume and last.exists()
+    resumed = here.from_main(lambda: args.resume and last.exists())
     path = last if resumed else args.init
-    start = runtime.load(path) if path else None
-    config = configure(args, start)
-    args.config = args.config or (start["args"]["config"] if start else "tiny")
+    start, config, tokenizer = evaluate.read_checkpoint(path) if path else ({}, None, None)
+    if args.vocab and args.init and not resumed:
+        raise runtime.UserError("--vocab does not go with --init: that checkpoint has its own vocabulary")
+    config = configure(args, config)
+    args.config = args.config or start.get("args", {}).get("config", "tiny")
     weights = check(args, here)
 
     # Data, model, optimizer
     source = data.read_sources(args.data, "train", config.image_size)
-    val = data.read_if_any(args.data, "val", config.image_size) if args.eval_every else None
-    test = data.read_if_any(args.data, "test", config.image_size)
-    tokenizer = tokenizer_for(args, start, path, source, config.vocab_size)
+    val = data.read_sources(args.data, "val", config.image_size, needed=False) if args.eval_every else None
+    test = data.read_sources(args.data, "test", config.image_size, needed=False)
+    if args.eval_every and not val:
+        raise runtime.UserError("--eval-every needs a val split, and --data has none")
+    tokenizer = tokenizer or make_tokenizer(args, here, source, config.vocab_size)
     config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
     words = data.Words(tokenizer, config.max_text_len)
     runtime.seed_all(args.seed)
@@ -269,15 +301,13 @@ def main():
     if start:
         runtime.load_weights(model, start["model"], path)
     stage = VisionLanguageStage(model, list(weights), args.negatives).to(here.device)
-    optimizer, first = runtime.optimizer(model, WEIGHT_DECAY, BETAS), 0
+    optimizer, done = runtime.optimizer(model, WEIGHT_DECAY, BETAS), 0
+    described = {"args": vars(args), "config": dataclasses.asdict(config), "processes": here.world}
     if resumed:
-        optimizer.load_state_dict(start["optimizer"])
-        here.scaler.load_state_dict(start["scaler"])
-        first = start["step"]
-        flags = {name: (old, vars(args)[name]) for name, old in start["args"].items() if name != "resume"}
-        changed = ", ".join(f"{name} {old} → {new}" for name, (old, new) in flags.items() if old != new)
-        here.print(f"resuming after step {first}" + (f" with other flags: {changed}" if changed else ""))
-    if args.compile:
+        done = continue_from(start, path, described, here, optimizer)
+    start = None  # a second copy of everything
+    if args.compile:  # blocks share their code: kinds of input × lower, last, fusing × training or not
+        torch._dynamo.config.recompile_limit = 64
         for block in model.blocks:
             block.compile()
     wrapped = here.wrap(stage)
@@ -285,14 +315,15 @@ def main():
 
     # The folder of the run, and what is written there
     prepare_folder(out, resumed, here)
-    metrics = runtime.Metrics(out, here.main, first)
-    described = {"args": vars(args), "config": dataclasses.asdict(config), "processes": here.world}
+    metrics = runtime.Metrics(out, here.main, done)
     if here.main:
         (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    candidates = args.batch_size // args.accumulate
+    hard = candidates if args.negatives == "global" else candidates // here.world
     here.print(
         f"stage vl, config {args.config}: {sum(p.numel() for p in parameters) / 1e6:.1f} M trainable parameters, "
         f"{len(source)} pictures, {here.world} × {here.device}, {args.batch_size} pairs a step, "
-        f"{args.batch_size // args.accumulate} candidates for contrast and negatives"
+        f"{candidates} candidates for contrast, {hard} for hard negatives"
     )
     names, history = [*weights, "gradient norm"], []
     unreadable, clock = Unreadable(len(source)), time.perf_counter()
@@ -304,8 +335,9 @@ def main():
         check_finite(names if args.amp != "fp16" else names[:-1], step - len(rows) + 1, rows)
         values = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
-        metrics.write(step=step, **values, lr=optimizer.param_groups[0]["lr"], scale=model.logit_scale.exp().item(),
-                      pairs_per_s=args.batch_size * len(rows) / seconds, unreadable=len(unreadable.files))  # fmt: skip
+        files = here.mean(torch.tensor(float(len(unreadable.files)), device=here.device)) * here.world
+        metrics.write(step=step, **values, lr=optimizer.param_groups[0]["lr"], scale=model.scale().item(),
+                      pairs_per_s=args.batch_size * len(rows) / seconds, unreadable=round(files))  # fmt: skip
         bar.set_postfix({name: f"{value:.2f}" for name, value in values.items()}, refresh=False)
         history.clear()
 
@@ -317,24 +349,24 @@ def main():
         clock += time.perf_counter() - began  # the rate of pairs is that of training
         return results
 
-    batches = loader(args, here, source, words, config.image_size, first * args.accumulate)
-    bar = tqdm(total=args.steps, initial=first, disable=not here.main, unit="step", mininterval=1)
+    batches = loader(args, here, source, words, config.image_size, done * args.accumulate)
+    bar = tqdm(total=args.steps, initial=done, disable=not here.main, unit="step", mininterval=1)
     stage.train()
-    for step in range(first + 1, args.steps + 1):
+    for step in range(done + 1, args.steps + 1):
         runtime.seed_all(args.seed, step, here.rank)  # drop-path and negatives; the data have seeds of their own
         for group in optimizer.param_groups:
             group["lr"] = runtime.learning_rate(step, args.steps, args.warmup, args.lr)
         row = 0
         for part in range(args.accumulate):
             batch = next(batches)
-            unreadable.add(batch.pop("unreadable"))
+            unreadable.check(batch)
             batch = {name: tensor.to(here.device, non_blocking=True) for name, tensor in batch.items()}
             with here.synchronised(wrapped, part == args.accumulate - 1):
                 with here.autocast():
-                    found = wrapped(batch)
-                loss = sum(weight * found[name] for name, weight in weights.items())  # 1·ITC + 1·ITM + 0.25·MLM
+                    values = wrapped(batch)
+                loss = sum(weight * values[name] for name, weight in weights.items())  # 1·ITC + 1·ITM + 0.25·MLM
                 here.scaler.scale(loss / args.accumulate).backward()
-            row = row + torch.stack([found[name].detach() for name in weights]) / args.accumulate
+            row = row + torch.stack([values[name].detach() for name in weights]) / args.accumulate
         here.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
         here.scaler.step(optimizer)
@@ -346,17 +378,13 @@ def main():
         if step % args.log_every == 0 or step % args.save_every == 0 or step == args.steps:
             log(step)
         if here.main and (step % args.save_every == 0 or step == args.steps):
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": here.scaler.state_dict(),
-            }
+            parts = {"model": model, "optimizer": optimizer, "scaler": here.scaler}
+            state = {name: part.state_dict() for name, part in parts.items()}
             runtime.save(last, described | state | {"stage": "vl", "step": step, "tokenizer": tokenizer.to_str()})
         if val and step % args.eval_every == 0:
             results = evaluated("val", val, step)
-            bar.write(
-                f"step {step}: val TR@1 {results['TR@1']:.1f} IR@1 {results['IR@1']:.1f} mean {results['mean']:.1f}"
-            )
+            if here.main:
+                bar.write(f"step {step}, split val\n{evaluate.table(results)}")
     bar.close()
     if test:
         results = evaluated("test", test, args.steps)

@@ -77,7 +77,11 @@ def test_vocab_txt_and_tokenizer_json_read_back(words, tmp_path):
 
 @pytest.mark.parametrize(
     "name, content, says",
-    [("vocab.txt", "[PAD]\na\n", r"lacks \[UNK\], \[CLS\]"), ("t.json", "{", "holds no tokenizer")],
+    [
+        ("vocab.txt", "[PAD]\na\n", r"lacks \[UNK\], \[CLS\]"),
+        ("vocab.txt", "\n".join([*data.SPECIAL, "a", "b", "a", "c"]), "an entry twice .* 8 up to 8"),
+        ("t.json", "{", "holds no tokenizer"),
+    ],
 )
 def test_what_is_no_vocabulary_is_refused(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
@@ -85,6 +89,18 @@ def test_what_is_no_vocabulary_is_refused(tmp_path, name, content, says):
         data.load_tokenizer(tmp_path / name)
     with pytest.raises(data.DataError, match="cannot be read"):
         data.load_tokenizer(tmp_path / "absent.txt")
+
+
+def test_a_tokenizer_that_pads_and_cuts_by_itself_does_not(words, tmp_path):
+    tokenizer = data.tokenizer_from_json(words.tokenizer.to_str(), "a copy")
+    tokenizer.enable_padding(length=16, pad_id=words.pad)
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(tmp_path / "t.json"))
+    reread = data.Words(data.load_tokenizer(tmp_path / "t.json"), 24)
+    for caption in ("red", CAPTIONS[1]):
+        ids, mask, groups = words.encode(caption)
+        assert not mask.all() and all(map(torch.equal, reread.encode(caption)[:2], (ids, mask)))
+        assert reread.encode(caption)[2] == groups
 
 
 def test_berts_vocabulary_splits_as_bert_does(shared):
@@ -178,10 +194,14 @@ def picture(path, color="red"):
 
 def test_manifest(tmp_path):
     name = picture(tmp_path / "a.png")
-    manifest(tmp_path, {"image": name, "captions": ["one", ""], "item": 7}, "", {"image": name, "captions": ["é"]})
+    strange = json.dumps({"image": name, "captions": ["é\u2028\x85"], "item": None}, ensure_ascii=False)
+    manifest(tmp_path, {"image": name, "captions": ["one", ""], "item": 7}, "", strange)
     source = data.read_sources([tmp_path], "train", 8)
     assert (
-        len(source) == 2 and source.captions(0) == ["one", ""] and source.item(0) == "7" and source.captions(1) == ["é"]
+        len(source) == 2
+        and source.captions(0) == ["one", ""]
+        and source.item(0) == "7"
+        and source.captions(1) == ["é\u2028\x85"]
     )
     assert source.item(1) == source.path(1) == str(tmp_path / "a.png") and source.image(1).size == (8, 8)
     both = data.read_sources([tmp_path, tmp_path], "train", 8)
@@ -221,7 +241,7 @@ def test_folders_without_data_are_refused(tmp_path):
         data.read_sources([tmp_path], "train", 8)
     with pytest.raises(data.DataError, match="no pictures in split train"):
         data.read_sources([manifest(tmp_path, "")], "train", 8)
-    assert data.read_if_any([tmp_path], "test", 8) is None
+    assert data.read_sources([tmp_path], "test", 8, needed=False) is None
 
 
 def karpathy(folder, name, entries):
@@ -256,9 +276,14 @@ def test_karpathys_coco_and_flickr30k(tmp_path):
 
 
 def test_karpathys_entries_without_captions_are_named(tmp_path):
-    karpathy(tmp_path, "coco", [{"filename": "c.jpg", "split": "train"}])
-    with pytest.raises(data.DataError, match="image 0 lacks"):
-        data.read_sources([tmp_path], "train", 8)
+    for sentences, says in [
+        (None, "needs filename"),
+        ([], "captions must be"),
+        ([sentence("a") | {"raw": 5}], "must be"),
+    ]:
+        karpathy(tmp_path, "coco", [{"filename": "c.jpg", "split": "train", "sentences": sentences}])
+        with pytest.raises(data.DataError, match=f"dataset_coco.json, image 0: .*{says}"):
+            data.read_sources([tmp_path], "train", 8)
 
 
 def test_emoji_has_the_splits_it_says(shared):
@@ -374,8 +399,9 @@ def test_an_unreadable_image_is_named_and_the_next_stands_in(words, tmp_path):
     ).tolist() == [0, 0, 255]
     assert data.collate([sample, sample])["unreadable"] == sample["unreadable"] * 2
     only = data.read_sources([manifest(tmp_path, *lines[:3])], "train", 8)
-    with pytest.raises(data.DataError, match="no image can be read"):
-        pairs(words, only)[(0, 0)]
+    sample = pairs(words, only)[(0, 0)]
+    assert sample.keys() == {"unreadable"} and len(sample["unreadable"]) == data.IN_A_ROW
+    assert data.collate([pairs(words)[(0, 0)], sample]).keys() == {"unreadable"}
 
 
 def test_texts_are_cut_to_the_longest_rounded_up_to_8():

@@ -96,6 +96,13 @@ def test_retrieval_is_the_same_on_one_and_three_processes_and_in_any_batch(proce
         assert torch.equal(relevant_many, relevant)
 
 
+def test_mixed_precision_does_not_round_the_scores(monkeypatch):
+    monkeypatch.setattr(evaluate, "retrieval_recall", evaluate.retrieval_recall)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, _ = scores_and_relevance(True)
+    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
+
+
 def test_an_unreadable_picture_is_an_error(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     source = data.Records([(tmp_path / "a.png", ["a"], "a")])

@@ -117,13 +117,13 @@ def test_mlm_is_a_mean_over_tokens():
 
 
 def batch_of(pairs=6):
-    """Pairs with very different numbers of masked tokens (the first two: none), short and long texts, and ids of which
-    two share an item and one shares something with every other (it has no candidate)."""
+    """Pairs with very different numbers of masked tokens (the first three: none), short and long texts, and ids of
+    which two share an item and two a caption."""
     g = torch.Generator().manual_seed(5)
     integers = lambda low, high, *shape: torch.randint(low, high, shape, generator=g)
     mask = torch.arange(16) < torch.tensor([3, 9, 16, 5, 12, 7])[:pairs, None]
     text, labels = integers(5, 40, pairs, 16), torch.full((pairs, 16), -100)
-    labels[2, 1:12], labels[3, 2], labels[4, 3:5] = integers(5, 40, 11), 7, 9
+    labels[3, 1:12], labels[4, 2], labels[5, 3:5] = integers(5, 40, 11), 7, 9  # on W = 2 and 3: none on process 0
     ids = torch.tensor([[1, 11], [2, 12], [3, 13], [1, 14], [5, 12], [6, 16]])
     return {
         "image": integers(0, 256, pairs, 3, 8, 8).byte(),
@@ -193,19 +193,23 @@ def test_gradients_equal_those_of_one_process(world, processes, monkeypatch):
 
 
 def temperature_gradient():
-    answers = []
-    for image, text in [
-        torch.nn.functional.normalize(torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1)).double(), dim=-1)
-    ]:
-        b, r = 6 // losses.world(), losses.rank()
-        scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
-        ids = torch.arange(12).view(6, 2)[r * b :][:b]
-        loss = losses.itc_loss(
-            *losses.similarities(image[r * b :][:b], text[r * b :][:b], scale), losses.same_pairs(ids)
-        )
-        loss.backward()
-        answers.append(scale.grad)
-    return answers[0]
+    """Of ITC, with respect to 1/σ alone, on this process's share of six fixed pairs."""
+    image, text = torch.nn.functional.normalize(
+        torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1)), dim=-1
+    )
+    b = 6 // losses.world()
+    mine = slice(losses.rank() * b, losses.rank() * b + b)
+    scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    ids = torch.arange(12).view(6, 2)[mine]
+    i2t, t2i = losses.similarities(image.double()[mine], text.double()[mine], scale)
+    losses.itc_loss(i2t, t2i, losses.same_pairs(ids)).backward()
+    return scale.grad
+
+
+def gather_leaves_its_own_gradient_alone():
+    x, w = torch.ones(2, requires_grad=True), torch.zeros(2 * losses.world(), requires_grad=True)
+    (losses.gather(x) + w).backward(torch.full((2 * losses.world(),), 3.0))
+    return (w.grad == 3).all().item() and (x.grad == 3 * losses.world()).all().item()
 
 
 def exchanged(world_pairs):
@@ -231,6 +235,7 @@ def exchanged(world_pairs):
     right &= torch.equal(losses.exchange(image, one_owner), losses.gather(image)[one_owner])
     only_own = losses.candidates(torch.zeros(b, world_pairs, dtype=torch.bool), "local")
     own = losses.own_columns(b, "cpu")
+    right &= gather_leaves_its_own_gradient_alone()
     right &= only_own[:, own].all().item() and only_own.sum().item() == b * b
     return right, temperature_gradient()
 

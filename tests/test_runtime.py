@@ -54,7 +54,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError):
+    with pytest.raises(runtime.UserError, match="could not be written.*No space left"):
         runtime.save(path, content | {"model": {"w": torch.zeros(3)}})
     assert torch.equal(runtime.load(path)["model"]["w"], torch.arange(3.0))
 
@@ -77,6 +77,18 @@ def test_truncated_and_foreign_checkpoints_are_refused(tmp_path):
         runtime.load(path)
     with pytest.raises(runtime.UserError, match="no such file"):
         runtime.load(tmp_path / "absent.pt")
+
+
+def test_any_damage_to_a_checkpoint_is_refused_or_harmless(tmp_path):
+    path = tmp_path / "x.pt"
+    runtime.save(path, {"config": {"dim": 4}, "model": {"w": torch.arange(8.0)}, "tokenizer": "{}"})
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            runtime.load(path)
+        except runtime.UserError:
+            pass
 
 
 def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
@@ -107,6 +119,8 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     for step in (10, 20, 30):
         metrics.write(step=step, itc=1.0)
     runtime.Metrics(tmp_path, main=False, step=0).write(step=40)  # another process writes nothing
-    runtime.Metrics(tmp_path, main=True, step=20).write(step=30, itc=0.5)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4')  # killed while writing
+    runtime.Metrics(tmp_path, main=True, step=20).write(step=30, itc=0.5, norm=float("inf"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 10, "itc": 1.0}, {"step": 20, "itc": 1.0}, {"step": 30, "itc": 0.5}]
+    assert lines == [{"step": 10, "itc": 1.0}, {"step": 20, "itc": 1.0}, {"step": 30, "itc": 0.5, "norm": None}]

@@ -15,8 +15,8 @@ import runtime
 import train
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8 --batch-size 8 --warmup 2 --log-every 2".split()
-SMALL += ["--workers", "0"]
+SMALL = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8 --batch-size 8 --warmup 2 --log-every 50".split()
+SMALL += ["--steps", "100", "--drop-path", "0.1"]
 
 
 def call(monkeypatch, script, *flags):
@@ -66,19 +66,19 @@ def pictures(folder, count=6, split="train"):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One finished run of 6 steps: its folder."""
+    """One finished run of 100 steps: its folder."""
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        call(patch, train, *SMALL, "--steps", 6, "--out", out)
+        call(patch, train, *SMALL, "--out", out)
     return out
 
 
 def test_a_run_leaves_a_checkpoint_metrics_and_its_configuration(run):
     content = runtime.load(run / "last.pt")
-    assert content["step"] == 6 and content["config"]["dim"] == 32 and content["args"]["batch_size"] == 8
+    assert content["step"] == 100 and content["config"]["dim"] == 32 and content["args"]["batch_size"] == 8
     entries = metrics(run)
     assert (
-        [entry["step"] for entry in entries] == [2, 4, 6, 6]
+        [entry["step"] for entry in entries] == [50, 100, 100]
         and entries[-1]["split"] == "test"
         and "TR@1" in entries[-1]
     )
@@ -87,15 +87,17 @@ def test_a_run_leaves_a_checkpoint_metrics_and_its_configuration(run):
 
 
 def test_the_same_seed_gives_the_same_bits_for_any_number_of_workers(run, tmp_path, monkeypatch):
-    call(monkeypatch, train, *SMALL, "--steps", 6, "--out", tmp_path, "--workers", 2)
+    call(monkeypatch, train, *SMALL, "--out", tmp_path, "--workers", 2)
     first, again = runtime.load(run / "last.pt")["model"], runtime.load(tmp_path / "last.pt")["model"]
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert losses_of(run) == losses_of(tmp_path)
 
 
-def test_another_seed_gives_other_weights(run, tmp_path, monkeypatch):
-    call(monkeypatch, train, *SMALL, "--steps", 2, "--out", tmp_path, "--seed", 1)
-    assert losses_of(run)[0] != losses_of(tmp_path)[0]
+def test_another_seed_gives_other_losses(tmp_path, monkeypatch):
+    flags = [*SMALL, "--steps", 2, "--log-every", 2]
+    for seed in (0, 1):
+        call(monkeypatch, train, *flags, "--out", tmp_path / str(seed), "--seed", seed)
+    assert losses_of(tmp_path / "0") != losses_of(tmp_path / "1")
 
 
 class Killed(Exception):
@@ -103,12 +105,12 @@ class Killed(Exception):
 
 
 def test_resuming_a_killed_run_gives_the_same_bits(run, tmp_path, monkeypatch, capsys):
-    flags = [*SMALL, "--steps", 6, "--out", tmp_path, "--save-every", 3, "--drop-path", 0.0]
+    flags = [*SMALL, "--out", tmp_path, "--save-every", 30]
     real, calls = data.Pairs.__getitem__, []
 
     def dies(self, key):
         calls.append(key)
-        if len(calls) > 8 * 5:  # in the sixth step; the checkpoint is of the third
+        if len(calls) > 8 * 50:  # in step 51; the checkpoint is of step 30
             raise Killed
         return real(self, key)
 
@@ -116,14 +118,14 @@ def test_resuming_a_killed_run_gives_the_same_bits(run, tmp_path, monkeypatch, c
     with pytest.raises(Killed):
         call(monkeypatch, train, *flags)
     monkeypatch.setattr(data.Pairs, "__getitem__", real)
-    assert runtime.load(tmp_path / "last.pt")["step"] == 3
+    assert runtime.load(tmp_path / "last.pt")["step"] == 30
     call(monkeypatch, train, *flags, "--resume")
-    assert "resuming after step 3\n" in capsys.readouterr().out
+    assert "resuming after step 30\n" in capsys.readouterr().out
     whole, resumed = runtime.load(run / "last.pt"), runtime.load(tmp_path / "last.pt")
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
     for number, state in whole["optimizer"]["state"].items():
         assert all(torch.equal(state[name], resumed["optimizer"]["state"][number][name]) for name in state)
-    assert [entry["step"] for entry in metrics(tmp_path)] == [2, 3, 4, 6, 6]
+    assert [entry["step"] for entry in metrics(tmp_path)] == [30, 50, 60, 90, 100, 100]
 
 
 def test_a_second_run_in_the_same_folder_moves_the_first_aside(tmp_path, monkeypatch, capsys):
@@ -176,7 +178,7 @@ def test_accumulated_passes_give_the_mean_of_their_gradients(tmp_path, monkeypat
         "--itc-weight 0",
         "--negatives local --experts shared --vl-layers 0",
         "--position relative --layer-scale 0.1 --attention separate --drop-path 0.2",
-        "--batch-size 1 --amp bf16",
+        "--batch-size 1 --amp bf16 --workers 1",
     ],
 )
 def test_every_variant_trains(flags, tmp_path, monkeypatch):
@@ -199,7 +201,7 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch
 
 
 def test_torchrun_with_two_processes_sees_the_same_data_and_ends_with_one_answer(tmp_path):
-    flags = [*SMALL, "--steps", 2, "--log-every", 1, "--itm-weight", 0]
+    flags = [*SMALL, "--steps", 2, "--log-every", 1, "--itm-weight", 0, "--drop-path", 0]  # no draws
     for processes in (1, 2):
         answer = command("train.py", "--stage", "vl", *flags, "--out", tmp_path / str(processes), processes=processes)
         assert answer.returncode == 0, answer.stderr
@@ -208,6 +210,16 @@ def test_torchrun_with_two_processes_sees_the_same_data_and_ends_with_one_answer
     for one, two in zip(alone[:2], both[:2]):
         assert all(one[name] == pytest.approx(two[name], rel=1e-4) for name in ("itc", "mlm", "gradient norm"))
     assert alone[2]["mean"] == pytest.approx(both[2]["mean"], abs=0.2)
+
+
+def test_torchrun_trains_with_all_losses_in_several_passes_and_resumes(tmp_path):
+    flags = [*SMALL, "--stage", "vl", "--accumulate", 2, "--save-every", 2, "--log-every", 1, "--out"]
+    assert command("train.py", *flags, tmp_path / "a", "--steps", 4, processes=2).returncode == 0
+    assert command("train.py", *flags, tmp_path / "b", "--steps", 4, processes=2).returncode == 0
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b") and len(losses_of(tmp_path / "a")) == 4
+    answer = command("train.py", *flags, tmp_path / "b", "--steps", 5, "--resume", processes=2)
+    assert "resuming after step 4 with other flags: steps 4 → 5" in answer.stdout, answer.stderr
+    assert [entry["step"] for entry in metrics(tmp_path / "b")] == [1, 2, 3, 4, 4, 5, 5]
 
 
 def test_eval_every_watches_the_val_split(tmp_path, monkeypatch):
@@ -246,15 +258,22 @@ def test_mistakes_are_one_line_and_exit_status_2(run, tmp_path):
 
 @pytest.mark.parametrize(
     "flags, says",
-    [("--batch-size 0", "must be at least 1"),
-     ("--batch-size 8 --accumulate 3", "not divisible by 1 processes × 3 passes"),
-     ("--itc-weight -1", "must not be negative"),
-     ("--itc-weight 0 --itm-weight 0 --mlm-weight 0", "nor all be 0"),
-     ("--heads 5", "multiple of heads"),
-     ("--vl-layers 9", "vl_layers must be in 0"),
-     ("--vocab absent.txt", "absent.txt cannot be read"),
-     ("--init absent.pt", "absent.pt: no such file")],
-)  # fmt: skip
+    [
+        ("--batch-size 0", "must be at least 1"),
+        ("--batch-size 8 --accumulate 3", "not divisible by 1 processes × 3 passes"),
+        ("--eval-every -1", "must not be negative"),
+        ("--lr nan", "must be finite and not negative"),
+        ("--clip -1", "must be finite and not negative"),
+        ("--itc-weight -1", "must be finite and not negative"),
+        ("--itc-weight 0 --itm-weight 0 --mlm-weight 0", "must not all be 0"),
+        ("--steps many", "invalid int value: 'many'"),
+        ("--heads 5", "multiple of heads"),
+        ("--vl-layers 9", "vl_layers must be in 0"),
+        ("--vocab absent.txt", "absent.txt cannot be read"),
+        ("--init absent.pt", "absent.pt: no such file"),
+        ("--data absent", "absent: no such folder"),
+    ],
+)
 def test_numbers_and_files_that_do_not_fit_are_refused(flags, says, tmp_path, monkeypatch):
     with pytest.raises((runtime.UserError, data.DataError), match=says):
         call(monkeypatch, train, *SMALL, "--out", tmp_path / "out", *flags.split())
@@ -264,6 +283,21 @@ def test_numbers_and_files_that_do_not_fit_are_refused(flags, says, tmp_path, mo
 def test_a_checkpoint_of_another_shape_is_refused(run, tmp_path, monkeypatch):
     with pytest.raises(runtime.UserError, match="is of another shape: .* there and .* here"):
         call(monkeypatch, train, *SMALL, "--dim", 64, "--init", run / "last.pt", "--out", tmp_path / "out")
+
+
+def test_a_checkpoint_that_does_not_fit_the_run_is_refused(run, tmp_path, monkeypatch):
+    content = runtime.load(run / "last.pt")
+    runtime.save(tmp_path / "last.pt", content)
+    with pytest.raises(runtime.UserError, match="no run that can be continued like this"):
+        call(monkeypatch, train, *SMALL, "--out", tmp_path, "--resume", "--mlm-weight", 0)
+    runtime.save(tmp_path / "other.pt", content | {"config": content["config"] | {"rotary": True}})
+    with pytest.raises(runtime.UserError, match="not one of this version: .*rotary"):
+        call(monkeypatch, train, *SMALL, "--out", tmp_path / "out", "--init", tmp_path / "other.pt")
+    with pytest.raises(runtime.UserError, match="--vocab does not go with --init"):
+        call(monkeypatch, train, "--out", tmp_path / "out", "--init", run / "last.pt", "--vocab", "vocab.txt")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(runtime.UserError, match="--out .*file: File exists"):
+        call(monkeypatch, train, *SMALL, "--out", tmp_path / "file")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path, monkeypatch):
@@ -315,6 +349,6 @@ def test_too_many_corrupt_images_stop_the_run(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="11 images could not be read, more than 10"):
         unreadable = train.Unreadable(20)
         for i in range(15):
-            unreadable.add([f"{i}.png", f"{i}.png"])
+            unreadable.check({"image": 0, "unreadable": [f"{i}.png", f"{i}.png"]})
     with pytest.raises(data.DataError, match="images could not be read, more than 10"):
         call(monkeypatch, train, *SMALL, "--steps", 6, "--data", folder, "--out", tmp_path / "out")
