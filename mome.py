@@ -55,7 +55,7 @@ class Config:
 
 CONFIGS = {
     "tiny": Config(
-        dim=128, layers=3, heads=2, vl_layers=1, image_size=48, patch_size=12, vocab_size=512, max_text_len=24
+        dim=128, layers=3, heads=2, vl_layers=1, image_size=48, patch_size=8, vocab_size=512, max_text_len=24
     ),
     "base": Config(drop_path=0.1),
     "base_plus": Config(dim=544, layers=24, heads=16, vl_layers=3, drop_path=0.1),

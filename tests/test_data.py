@@ -210,13 +210,17 @@ def test_manifest(tmp_path):
 
 @pytest.mark.parametrize(
     "line, says",
-    [('{"image": "a.png", "captions": ["x"', "train.jsonl, line 2: no valid JSON"),
-     ('{"image": "a.png", "captions": ["x", 5]}', r'line 2: captions must be .* not \["x", 5\]'),
-     ('{"image": "a.png", "captions": "x"}', "line 2: captions must be"),
-     ('{"image": "a.png", "captions": []}', "line 2: captions must be"),
-     ('{"captions": ["x"]}', "line 2: needs"),
-     ("[1]", "line 2: needs")],
-)  # fmt: skip
+    [
+        ('{"image": "a.png", "captions": ["x"', "train.jsonl, line 2: no valid JSON"),
+        ('{"image": "a.png", "captions": ["x", 5]}', r'line 2: captions must be .* not \["x", 5\]'),
+        ('{"image": "a.png", "captions": "x"}', "line 2: captions must be"),
+        ('{"image": "a.png", "captions": []}', "line 2: captions must be"),
+        (r'{"image": "a.png", "captions": ["\ud800"]}', "line 2: a caption is no valid text"),
+        ('{"image": "a.png", "captions": ["x"], "item": ["y"]}', "line 2: item must be a text or a number"),
+        ('{"captions": ["x"]}', "line 2: needs"),
+        ("[1]", "line 2: needs"),
+    ],
+)
 def test_a_wrong_line_is_named(tmp_path, line, says):
     picture(tmp_path / "a.png")
     manifest(tmp_path, {"image": "a.png", "captions": ["x"]}, line)

@@ -228,9 +228,9 @@ def exchanged(world_pairs):
         right &= torch.equal(losses.exchange(image, drawn), losses.gather(image)[drawn])
         right &= torch.equal(losses.exchange(text, drawn), losses.gather(text)[drawn])
         right &= not (everyone[drawn] == ids).any(1)[found].any().item()
-        local, _ = losses.draw_negatives(
-            torch.randn(b, world_pairs), losses.candidates(losses.same_pairs(ids), "local")
-        )
+        nearby = losses.candidates(losses.same_pairs(ids), "local")
+        drawn, found = losses.draw_negatives(torch.randn(b, world_pairs), nearby)
+        right &= (drawn[found] // b == losses.rank()).all().item()
     one_owner = torch.zeros(b, dtype=torch.int64)  # everyone asks process 0 for its first sample
     right &= torch.equal(losses.exchange(image, one_owner), losses.gather(image)[one_owner])
     only_own = losses.candidates(torch.zeros(b, world_pairs, dtype=torch.bool), "local")
