@@ -31,7 +31,7 @@ def processes(tmp_path):
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         mp.spawn(_start, (world, port, function, arguments, str(tmp_path)), nprocs=world)
-        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+        return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
     return run
 
