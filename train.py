@@ -27,10 +27,10 @@ from mome import CONFIGS, Config, VLMo
 
 # Per config: what the paper publishes (Section 4.1), and what suits the tiny one on two CPU cores.
 RECIPES = {
-    "tiny": {"batch_size": 64, "steps": 750, "warmup": 75, "lr": 1e-3, "clip": 1.0},
-    "base": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0},
-    "base_plus": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0},
-    "large": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 5e-5, "clip": 0.0},
+    "tiny": {"batch_size": 64, "steps": 750, "warmup": 75, "lr": 1e-3, "clip": 1.0, "save_every": 100},
+    "base": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0, "save_every": 1000},
+    "base_plus": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0, "save_every": 1000},
+    "large": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 5e-5, "clip": 0.0, "save_every": 1000},
 }
 BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.01
 
@@ -123,7 +123,7 @@ def parse():
     group.add_argument("--init", metavar="FILE", help="start from this checkpoint's weights and tokenizer")
     group.add_argument("--resume", action="store_true", help="continue the run in --out if there is one, else start it")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="[%(default)s]")
+    group.add_argument("--save-every", type=int, metavar="STEPS", help="[1000; for tiny 100]")
     group.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="[%(default)s]")
     group.add_argument(
         "--eval-every", type=int, default=0, metavar="STEPS", help="zero-shot retrieval on split val [0: never]"
