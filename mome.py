@@ -191,19 +191,24 @@ class MoME(nn.Module):
             x = x + self.text_position[: text.shape[1]]
         return self.text_norm(x) + self.types[0]
 
-    def embed_patches(self, image, image_type):
+    def embed_patches(self, image, image_type, masked=None, mask_embedding=None):
         """Image input representations of Section 3.1. image (B, 3, S, S) → (B, 1+N, D)."""
         if not image.is_floating_point():  # uint8: normalised here, on the device
             image = image.to(self.types.dtype) / 127.5 - 1
         x = self.patches(image).flatten(2).transpose(1, 2)  # (B, N, D)
+        if masked is not None:
+            x = torch.where(masked[..., None], mask_embedding.to(x.dtype), x)
         x = torch.cat([self.image_cls.expand(len(x), 1, -1), x], dim=1)  # (B, 1+N, D)
         if self.config.position == "absolute":
             x = x + self.image_position
         return x + self.types[image_type]
 
-    def encode_image(self, image, rows=None):
-        """image (B, 3, S, S): uint8, or float and normalised already → (B, 1+N, D) after the final norm."""
-        return self._encode(self.embed_patches(image, 1), "image", 0, None, rows)
+    def encode_image(self, image, rows=None, masked=None, mask_embedding=None):
+        """image (B, 3, S, S): uint8, or float and normalised already → (B, 1+N, D) after the final norm.
+
+        masked (B, N) bool, True = hidden: `mask_embedding` (D,) stands in for the patch (stage image).
+        """
+        return self._encode(self.embed_patches(image, 1, masked, mask_embedding), "image", 0, None, rows)
 
     def encode_text(self, text, mask, rows=None):
         """text (B, T) int64, mask (B, T) bool, True = real token → (B, T, D) after the final norm."""
@@ -303,6 +308,21 @@ class VLMo(MoME):
     def pool(self, hidden):
         """hidden (B, ·, D) of pairs → (B, D): the vector of [T_CLS] that the ITM, VQA and NLVR2 heads read."""
         return torch.tanh(self.pooler(hidden[:, 0]))
+
+
+class MIMHead(nn.Module):
+    """What stage image adds to the trunk, and later stages leave behind: the mask embedding, and a classifier of the
+    masked patches over K visual tokens (Section 3.4, as in BEiT)."""
+
+    def __init__(self, config, codes):
+        super().__init__()
+        self.mask_embedding = embedding(config.dim)
+        self.classifier = nn.Linear(config.dim, codes)
+        self.apply(initialise)
+
+    def forward(self, hidden):
+        """hidden (M, D) of masked patches → logits (M, K)."""
+        return self.classifier(hidden)
 
 
 def unit(x):

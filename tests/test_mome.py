@@ -262,3 +262,17 @@ def test_bfloat16_autocast_gives_float32_embeddings():
         low = model.embed_text(text, mask)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, model.embed_text(text, mask), atol=0.05, rtol=0)
+
+
+@variants
+def test_a_hidden_patch_cannot_change_the_output_but_its_place_can(switches):
+    model, _, _, image = model_and_batch(switches)
+    hidden, stand_in = torch.zeros(3, 16, dtype=torch.bool), torch.randn(24, dtype=torch.float64)
+    hidden[:, 5] = True  # row 1, column 1 of 4 × 4
+    other = image.clone()
+    other[:, :, 4:8, 4:8] = 255 - other[:, :, 4:8, 4:8]
+    encode = lambda image, hidden: model.encode_image(image, masked=hidden, mask_embedding=stand_in)
+    assert torch.equal(encode(image, hidden), encode(other, hidden))
+    assert not torch.equal(encode(image, ~hidden), encode(other, ~hidden))  # there, it is all that is seen
+    assert not torch.equal(encode(image, hidden), encode(image, hidden.roll(1, 1)))
+    assert torch.equal(encode(image, hidden & False), model.encode_image(image))
