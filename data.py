@@ -1,14 +1,15 @@
-"""Image-text pairs: WordPiece, whole-word masking, augmentation, data sets on disk, and the built-in world of shapes.
+"""Pairs, images and text: WordPiece, masking, augmentation, data sets on disk, and the built-in world of shapes.
 
 A *source* is a collection of pictures with captions: `len(source)`, `source.image(i)` (RGB), `source.captions(i)` (list
 of str), `source.item(i)` (str; pictures of one item are no negatives of each other), `source.path(i)` (names it in
 messages), `source.corpus()` (captions to train a vocabulary on), and `source.by_text`: in retrieval a caption is right
-for every picture that has it; False: for the picture it was written for alone.
+for every picture that has it; False: for the picture it was written for alone. Folders of images have no captions.
 Every random choice about a sample is a function of (seed, epoch, index): workers may come and go.
 
 Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP], S side of a square image in pixels.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -84,6 +85,8 @@ def tokenizer_from_json(text, path):
 
 
 def check_tokenizer(tokenizer, path):
+    if not isinstance(tokenizer.model, tokenizers.models.WordPiece):
+        raise DataError(f"vocabulary {path} is not WordPiece but {type(tokenizer.model).__name__}")
     absent = [token for token in SPECIAL if tokenizer.token_to_id(token) is None]
     if absent:
         raise DataError(f"vocabulary {path} lacks {', '.join(absent)}")
@@ -101,22 +104,36 @@ class Words:
     def __init__(self, tokenizer, length):
         self.tokenizer, self.length, self.size = tokenizer, length, tokenizer.get_vocab_size()
         self.pad, self.cls, self.sep, self.mask = (tokenizer.token_to_id(SPECIAL[i]) for i in (0, 2, 3, 4))
+        self.inner = np.zeros(self.size, dtype=bool)  # pieces that continue a word
+        self.inner[[i for piece, i in tokenizer.get_vocab().items() if piece.startswith("##")]] = True
 
-    def encode(self, caption):
-        """→ ids (T,) int64, mask (T,) bool, True = real token, words: the positions of each word's pieces."""
-        encoding = self.tokenizer.encode(caption, add_special_tokens=False)
-        pieces = encoding.ids[: self.length - 2]
+    def frame(self, pieces):
+        """Piece ids, at most T−2 of them → ids (T,) int64, mask (T,) bool, True = real token."""
         ids = torch.full((self.length,), self.pad)
         ids[: len(pieces) + 2] = torch.tensor([self.cls, *pieces, self.sep])
-        words = {}
-        for position, word in enumerate(encoding.word_ids[: len(pieces)], start=1):
-            words.setdefault(word, []).append(position)
-        return ids, torch.arange(self.length) < len(pieces) + 2, list(words.values())
+        return ids, torch.arange(self.length) < len(pieces) + 2
 
-    def mask_words(self, ids, words, rng):
+    def encode(self, caption):
+        """As `frame`; what is too long is cut."""
+        return self.frame(self.tokenizer.encode(caption, add_special_tokens=False).ids[: self.length - 2])
+
+    def words(self, ids):
+        """ids (T,) → the positions of each word's pieces: those that start with "##" belong to the piece before."""
+        words, inner = [], False  # inner: is there a word that a piece can continue?
+        for position, piece in enumerate(ids.tolist()):
+            if piece in (self.pad, self.cls, self.sep):
+                inner = False
+            elif inner and self.inner[piece]:
+                words[-1].append(position)
+            else:
+                words.append([position])
+                inner = True
+        return words
+
+    def mask_words(self, ids, rng):
         """Masks 15 % of the words whole, at least one where there is any: each of their tokens becomes [MASK] in 80 %,
         a random token in 10 %, itself in 10 %. → masked ids (T,), labels (T,) with −100 where nothing is predicted."""
-        masked, labels = ids.clone(), torch.full_like(ids, IGNORE)
+        masked, labels, words = ids.clone(), torch.full_like(ids, IGNORE), self.words(ids)
         for word in rng.sample(words, min(len(words), max(1, round(0.15 * len(words))))):
             for position in word:
                 labels[position] = ids[position]
@@ -206,6 +223,35 @@ def augment(image, size, rng, kind="randaugment", flip=False):
     if flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)
     return rand_augment(image, rng) if kind == "randaugment" else image
+
+
+# ---- Blockwise masking (Section 3.4, as in BEiT) ---------------------------------------------------------------------
+
+MASKED, SMALLEST = 75 / 196, 16 / 196  # of all patches: how many are hidden, and the smallest block
+
+
+def mask_blocks(side, rng):
+    """Which of side × side patches are hidden: (side², ) bool, row by row, True = hidden.
+
+    Blocks of random size, 3:1 to 1:3, at random places, each with at least SMALLEST of the grid, until MASKED of it is
+    hidden (rounded up or down at random, so that small grids have their share) and never more: a block that would add
+    more, or nothing, is drawn again, a hundred times at most.
+    """
+    wanted, smallest = int(MASKED * side * side + rng.random()), max(1, round(SMALLEST * side * side))
+    hidden = np.zeros((side, side), dtype=bool)
+    for _ in range(100):
+        missing = wanted - int(hidden.sum())
+        if not missing:
+            break
+        area = rng.uniform(smallest, max(smallest, missing))
+        aspect = math.exp(rng.uniform(-math.log(3), math.log(3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h * w < smallest or max(h, w) > side:
+            continue
+        y, x = rng.randint(0, side - h), rng.randint(0, side - w)
+        if 0 < h * w - int(hidden[y : y + h, x : x + w].sum()) <= missing:
+            hidden[y : y + h, x : x + w] = True
+    return torch.from_numpy(hidden.flatten())
 
 
 # ---- Sources on disk -------------------------------------------------------------------------------------------------
@@ -309,29 +355,68 @@ def find_split(folder, split):
     return next(((Path(folder, name), readers[name]) for name in readers if Path(folder, name).exists()), None)
 
 
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+def files_below(folder, endings):
+    """All files below a folder that end so, in order; folders that cannot be read are errors, too."""
+
+    def refuse(error):
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}")
+
+    walk = os.walk(folder, onerror=refuse, followlinks=True)
+    return sorted(
+        os.path.join(where, name) for where, _, names in walk for name in names if name.lower().endswith(endings)
+    )
+
+
+def dealt(name):
+    """The split of what has none: by a hash of its name or text, a fiftieth each to val and test."""
+    return {0: "test", 1: "val"}.get(stable_hash(name) % 50, "train")
+
+
+def find_images(folder, split):
+    """Image files below a folder: (path, no captions, item). A folder with `train` and `val` or `test` has folders of
+    splits; the files of any other are dealt."""
+    if Path(folder, "train").is_dir() and (Path(folder, "val").is_dir() or Path(folder, "test").is_dir()):
+        folder = Path(folder, split)
+        yield from ((path, [], path) for path in (files_below(folder, IMAGES) if folder.is_dir() else []))
+    else:
+        files = files_below(folder, IMAGES)
+        yield from ((path, [], path) for path in files if dealt(os.path.relpath(path, folder)) == split)
+
+
 def missing_files(paths):
     """Those of the paths that do not exist, asking each folder once."""
     present = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
     return [path for path in paths if os.path.basename(path) not in present(os.path.dirname(path) or ".")]
 
 
-def read_sources(data, split, image_size, seed=0, needed=True):
+def read_sources(data, split, image_size, seed=0, needed=True, captions=True):
     """The source that --data names: "shapes", or one or more folders. DataError before any work if files are missing.
 
     needed: every folder must have the split; else the source is that of those that do, or None if none does.
+    captions: False takes folders of images, too, where no file says what they show.
     """
     if list(data) == ["shapes"]:
         return Shapes(split, image_size, seed)
-    found = []
+    records, by_text, named = [], True, "train.jsonl, dataset_coco.json or dataset_flickr30k.json"
     for folder in data:
         if not Path(folder).is_dir():
-            raise DataError(f"--data {folder}: no such folder")
-        if file_and_reader := find_split(folder, split):
-            found.append(file_and_reader)
+            wrong = (
+                f"is a file; this stage takes {'pairs' if captions else 'images'} in a"
+                if Path(folder).exists()
+                else "no such"
+            )
+            raise DataError(f"--data {folder}: {wrong} folder")
+        if found := find_split(folder, split):
+            records.append(found[1](found[0], split))
+            by_text = by_text and found[1] is read_manifest
+        elif not captions and not any(find_split(folder, name) for name in SPLITS):
+            records.append(find_images(folder, split))
         elif needed:
-            raise DataError(f"--data {folder}: has no {split}.jsonl, dataset_coco.json or dataset_flickr30k.json")
-    records = itertools.chain.from_iterable(reader(file, split) for file, reader in found)
-    source = Records(records, by_text=all(reader is read_manifest for _, reader in found))
+            raise DataError(f"--data {folder}: has no captions: no {named.replace('train', split)}")
+    source = Records(itertools.chain.from_iterable(records), by_text)
     if not len(source) and needed:
         raise DataError(f"--data {' '.join(map(str, data))}: no pictures in split {split}")
     missing = missing_files([source.path(i) for i in range(len(source))])
@@ -339,6 +424,77 @@ def read_sources(data, split, image_size, seed=0, needed=True):
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise DataError(f"{len(missing)} of the {len(source)} images of split {split} are missing: {names}")
     return source if len(source) else None
+
+
+# ---- Plain text (Section 3.4) ----------------------------------------------------------------------------------------
+
+
+def text_files(data):
+    """The files that --data names: text files, or folders with *.txt below. DataError if there is none."""
+    found = []
+    for path in map(Path, data):
+        if not path.exists():
+            raise DataError(f"--data {path}: no such file or folder")
+        if path.is_file() and path.suffix.lower() in (*IMAGES, ".json", ".jsonl"):
+            raise DataError(f"--data {path}: stage text takes plain text")
+        files = files_below(path, (".txt",)) if path.is_dir() else [str(path)]
+        if not files:
+            raise DataError(f"--data {path}: stage text takes plain text, and there is no *.txt below")
+        found += files
+    return found
+
+
+def read_lines(path):
+    """The lines of a text file, stripped. DataError if it is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield from map(str.strip, file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--data {path}: cannot be read as text: {error}") from None
+
+
+def documents(path):
+    """The documents of a text file: what stands between blank lines; in a file without any inside, its lines."""
+    texts = lambda: itertools.groupby(read_lines(path), key=bool)  # runs of blank lines and of others
+    several = itertools.islice((filled for filled, _ in texts() if filled), 1, 2)
+    if any(several):
+        yield from (" ".join(lines) for filled, lines in texts() if filled)
+    else:
+        yield from filter(None, read_lines(path))
+
+
+def read_documents(data):
+    """All documents as (split, text): of text files, dealt by a hash of their text; or the built-in world's captions,
+    one a scene: two that say the same would give each other's words away."""
+    if list(data) == ["shapes"]:
+        for split in SPLITS:
+            world = Shapes(split, 0)
+            yield from ((split, random.Random(i).choice(world.captions(i))) for i in range(len(world)))
+    else:
+        for path in text_files(data):
+            yield from ((dealt(document), document) for document in documents(path))
+
+
+def pack(texts, words, folder):
+    """Writes the token ids of (split, text) pairs, a [T_SEP] after each text, one file a split, that `Texts` reads."""
+    parallel, texts = os.environ["TOKENIZERS_PARALLELISM"], iter(texts)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        with contextlib.ExitStack() as stack:
+            files = {split: stack.enter_context(open(Path(folder, split), "wb")) for split in SPLITS}
+            while chunk := list(itertools.islice(texts, 1000)):
+                encodings = words.tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
+                for (split, _), encoding in zip(chunk, encodings):
+                    if encoding.ids:
+                        np.array([*encoding.ids, words.sep], dtype=token_type(words)).tofile(files[split])
+    except OSError as error:
+        raise DataError(f"{folder}: no room for the tokens ({error}): TMPDIR names another place") from None
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = parallel
+
+
+def token_type(words):
+    return np.uint16 if words.size <= 2**16 else np.uint32
 
 
 # ---- The built-in world ----------------------------------------------------------------------------------------------
@@ -392,7 +548,7 @@ class Shapes:
         return f"scene {i} of {self.split}"
 
     def corpus(self):
-        return [caption for i in range(2000) for caption in self.captions(i)]  # all its words many times
+        return [caption for i in range(min(self.count, 2000)) for caption in self.captions(i)]  # all words many times
 
 
 def describe(scene):
@@ -446,43 +602,88 @@ def draw_shape(draw, shape, x, y, r, color):
 
 def stable_hash(text):
     """A 63-bit number of a text, the same in every process and run (Python's own hash is salted)."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    code = text.encode("utf-8", "surrogateescape")  # names of files need not be valid text
+    return int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), "big") >> 1
 
 
 IN_A_ROW = 100  # unreadable images in a row: not a few broken files, but a disk that is gone
 
 
-class Pairs(Dataset):
-    """Training samples (image, one of its captions) of a source, indexed by (epoch, index).
+class Images(Dataset):
+    """Training samples of a source, indexed by (epoch, index): image uint8 (3, S, S); hidden (N,) bool, True = masked
+    patch; unreadable, the files met on the way that could not be read: the next picture stands in. After 100 such
+    files in a row a sample has nothing else."""
 
-    A sample: image uint8 (3, S, S); text, masked, labels (T,) int64; mask (T,) bool, True = real token; ids (2,) int64,
-    hashes of item and caption; unreadable, the files met on the way that could not be read: the next picture stands in.
-    After 100 such files in a row a sample has nothing else.
-    """
+    def __init__(self, source, image_size, seed, augmentation, flip, side):
+        """side: patches on a side of the image; None: `hidden` is not needed."""
+        self.source, self.image_size, self.seed, self.side = source, image_size, seed, side
+        self.augmentation, self.flip = augmentation, flip
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key):
+        rng = random.Random(f"{self.seed} {key[0]} {key[1]}")
+        i, image, unreadable = self.read(key[1])
+        if image is None:
+            return {"unreadable": unreadable}
+        sample = {"image": self.view(image, rng), "unreadable": unreadable}
+        return sample | {"hidden": mask_blocks(self.side, rng)} if self.side else sample
+
+    def read(self, index):
+        """→ number of the picture, the picture or None, unreadable files. Not an error: a loader worker's is a
+        traceback, so it is for the main process to raise."""
+        unreadable = []
+        for i in range(index, index + IN_A_ROW):
+            i = i % len(self.source)
+            try:
+                return i, self.source.image(i), unreadable
+            except UNREADABLE as error:
+                unreadable.append(f"{self.source.path(i)} ({type(error).__name__})")
+        return i, None, unreadable
+
+    def view(self, image, rng):
+        return to_tensor(augment(image, self.image_size, rng, self.augmentation, self.flip))
+
+
+class Pairs(Images):
+    """Training samples (image, one of its captions): image and unreadable as above; text, masked, labels (T,) int64;
+    mask (T,) bool, True = real token; ids (2,) int64, hashes of item and caption."""
 
     def __init__(self, source, words, image_size, seed, augmentation, flip):
-        self.source, self.words, self.image_size, self.seed = source, words, image_size, seed
-        self.augmentation, self.flip = augmentation, flip
+        super().__init__(source, image_size, seed, augmentation, flip, side=None)
+        self.words = words
+
+    def __getitem__(self, key):
+        rng = random.Random(f"{self.seed} {key[0]} {key[1]}")
+        i, image, unreadable = self.read(key[1])
+        if image is None:
+            return {"unreadable": unreadable}
+        caption = rng.choice(self.source.captions(i))
+        text, mask = self.words.encode(caption)
+        masked, labels = self.words.mask_words(text, rng)
+        ids = torch.tensor([stable_hash(self.source.item(i)), stable_hash(caption)])
+        return {"image": self.view(image, rng), "text": text, "mask": mask, "masked": masked, "labels": labels,
+                "ids": ids, "unreadable": unreadable}  # fmt: skip
+
+
+class Texts(Dataset):
+    """Training samples of packed text, indexed by (epoch, index): masked, labels (T,) int64, mask (T,) bool. Documents
+    fill a sample to the last token, and go on in the next (RoBERTa's full sentences)."""
+
+    def __init__(self, path, words, seed):
+        self.words, self.seed = words, seed
+        self.tokens = np.memmap(path, token_type(words), mode="r") if os.path.getsize(path) else np.zeros(0, np.uint16)
+
+    def __len__(self):
+        return -(-len(self.tokens) // (self.words.length - 2))
 
     def __getitem__(self, key):
         epoch, index = key
-        rng = random.Random(f"{self.seed} {epoch} {index}")
-        image, unreadable = None, []
-        while image is None:
-            i = (index + len(unreadable)) % len(self.source)
-            try:
-                image = self.source.image(i)
-            except UNREADABLE as error:
-                unreadable.append(f"{self.source.path(i)} ({type(error).__name__})")
-                if len(unreadable) == IN_A_ROW:
-                    return {"unreadable": unreadable}  # for the main process to raise: a worker's error is a traceback
-        caption = rng.choice(self.source.captions(i))
-        text, mask, words = self.words.encode(caption)
-        masked, labels = self.words.mask_words(text, words, rng)
-        image = to_tensor(augment(image, self.image_size, rng, self.augmentation, self.flip))
-        ids = torch.tensor([stable_hash(self.source.item(i)), stable_hash(caption)])
-        return {"image": image, "text": text, "mask": mask, "masked": masked, "labels": labels, "ids": ids,
-                "unreadable": unreadable}  # fmt: skip
+        room = self.words.length - 2
+        text, mask = self.words.frame(self.tokens[index * room : (index + 1) * room].tolist())
+        masked, labels = self.words.mask_words(text, random.Random(f"{self.seed} {epoch} {index}"))
+        return {"masked": masked, "labels": labels, "mask": mask, "unreadable": []}
 
 
 def cut(mask):

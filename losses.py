@@ -139,9 +139,12 @@ def itm_loss(logits, matched, found):
     return global_mean((loss * found).sum(), found.sum())
 
 
-# ---- Masked language modeling ---------------------------------------------------------------------------------------
+# ---- Masked language and image modeling -----------------------------------------------------------------------------
 
 
-def mlm_loss(logits, labels):
-    """Cross-entropy over the vocabulary, mean over masked tokens. logits (M, V), labels (M,); M may differ and be 0."""
+def masked_token_loss(logits, labels):
+    """MLM over words, MIM over visual tokens: cross-entropy, mean over masked tokens (Sections 3.3, 3.4).
+
+    logits (M, V), labels (M,) int64; M may differ between processes and be 0.
+    """
     return global_mean(F.cross_entropy(logits, labels, reduction="sum"), len(labels))

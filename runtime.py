@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -57,7 +58,7 @@ def run(main, *mistakes):
 
 
 class Runtime:
-    """This process among W: rank, world, device, main (True on process 0), autocast() and the fp16 scaler.
+    """This process among W: rank, world, device, main (True on process 0), and autocast().
 
     Reads torchrun's environment; without it, one process and no process group.
     """
@@ -66,7 +67,7 @@ class Runtime:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_rank = local = int(os.environ.get("LOCAL_RANK", 0))
         if torch.cuda.is_available():
             if local >= torch.cuda.device_count():
                 raise UserError(f"process {local} has no GPU: start at most {torch.cuda.device_count()} per node")
@@ -75,12 +76,16 @@ class Runtime:
         else:
             self.device = torch.device("cpu")
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend, patience = "nccl" if self.device.type == "cuda" else "gloo", datetime.timedelta(hours=2)
+            dist.init_process_group(backend, timeout=patience)  # one process may read a whole corpus
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def scaler(self):
+        """Of one training run, for fp16; otherwise it does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
     def wrap(self, stage):
         """A stage for DDP, where there are other processes."""
@@ -97,6 +102,18 @@ class Runtime:
         if self.world > 1:
             dist.broadcast_object_list(answers, device=self.device)
         return answers[0]
+
+    def once_a_node(self, work):
+        """All processes meet, work() runs on one of each node, all wait until it is done everywhere."""
+        self.meet()
+        if self.local_rank == 0:
+            work()
+        self.meet()
+
+    def meet(self):
+        """Waits for all processes."""
+        if self.world > 1:
+            dist.barrier()
 
     def synchronised(self, stage, last):
         """Around a pass: gradients are sent in the last pass of a step; in those before they add up on this process."""
@@ -137,12 +154,14 @@ def optimizer(model, weight_decay, betas):
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def learning_rate(step, steps, warmup, peak):
-    """Of step 1 … steps: linear warm-up to `peak` at step `warmup`, then linear decay towards 0 after the last step."""
+def learning_rate(step, steps, warmup, peak, decay="linear"):
+    """Of step 1 … steps: linear warm-up to `peak` at step `warmup`, then decay towards 0 after the last step, "linear"
+    or "cosine" (half a wave)."""
     warmup = max(warmup, 1)
     if step <= warmup:
         return peak * step / warmup
-    return peak * (steps + 1 - step) / (steps + 1 - warmup)
+    left = (steps + 1 - step) / (steps + 1 - warmup)  # 1 … 0
+    return peak * (left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
@@ -178,19 +197,12 @@ def load(path):
     except DAMAGED as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError(f"{path} is not a checkpoint of this project, or is damaged ({reason})") from None
-    if not isinstance(content, dict) or not {"config", "model", "tokenizer"} <= content.keys():
-        raise UserError(f"{path} is not a checkpoint of this project: it has no config, model and tokenizer")
+    lacks = {"stage", "step", "args", "config", "model", "tokenizer"} - (
+        content.keys() if type(content) is dict else set()
+    )
+    if lacks:
+        raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(sorted(lacks))}")
     return content
-
-
-def load_weights(model, weights, path):
-    """Copies a state dict into the model. UserError if names or shapes differ, naming the first that does."""
-    own = model.state_dict()
-    for name in own | weights:
-        if name not in own or name not in weights or own[name].shape != weights[name].shape:
-            shape = lambda tensors: tuple(tensors[name].shape) if name in tensors else "missing"
-            raise UserError(f"{path} is of another shape: {name} is {shape(weights)} there and {shape(own)} here")
-    model.load_state_dict(weights)
 
 
 class Metrics:

@@ -1,74 +1,181 @@
-"""Pre-training (Section 3.3): image-text contrast, image-text matching and masked language modeling on pairs.
+"""The stages of pre-training: on images, on text, on image-text pairs (Sections 3.3 and 3.4, Appendix B).
 
-    python train.py                                          # tiny model, built-in world, any machine
+    python train.py                                          # stage vl: tiny model, built-in world, any machine
+    python train.py --stage image                            # the three stages, each from the one before
+    python train.py --stage text --init runs/image/last.pt
+    python train.py --stage vl --init runs/text/last.pt
     torchrun --nproc_per_node=8 train.py --stage vl --config base --data coco vg sbu cc --vocab vocab.txt --amp bf16
 
 Shape letters: b local batch, W processes, B = W·b, T text tokens, N patches, D dim, M masked tokens.
 """
 
+import argparse
 import dataclasses
 import itertools
 import json
 import math
 import os
+import shutil
+import tempfile
 import time
+import uuid
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import data
+import dvae
 import evaluate
 import losses
 import runtime
-from mome import CONFIGS, Config, VLMo
+import weights
+from mome import CONFIGS, Config, MIMHead, VLMo
 
-# Per config: what the paper publishes (Section 4.1), and what suits the tiny one on two CPU cores.
-RECIPES = {
-    "tiny": {"batch_size": 64, "steps": 750, "warmup": 75, "lr": 1e-3, "clip": 1.0, "save_every": 100},
-    "base": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0, "save_every": 1000},
-    "base_plus": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0, "save_every": 1000},
-    "large": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 5e-5, "clip": 0.0, "save_every": 1000},
+# Per stage and config: what the papers publish (Section 4.1, Appendix B; stage image: BEiT's 800 epochs of ImageNet-1k;
+# for a small dVAE nothing is), and what suits the tiny one on two CPU cores.
+PAPER = {
+    "dvae": {"batch_size": 512, "steps": 20_000, "warmup": 1000, "lr": 1e-3, "clip": 1.0, "codes": 8192},
+    "image": {"batch_size": 2048, "steps": 500_000, "warmup": 10_000, "lr": 1.5e-3, "clip": 3.0},
+    "text": {"batch_size": 1024, "steps": 500_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0, "max_text_len": 196},
+    "vl": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0},
 }
-BETAS, WEIGHT_DECAY = (0.9, 0.98), 0.01
+LARGE = {"text": {"steps": 200_000}, "vl": {"lr": 5e-5}}
+TINY = {
+    "dvae": {"batch_size": 32, "steps": 400, "warmup": 50, "lr": 3e-3, "codes": 256},
+    "image": {"batch_size": 64, "steps": 600, "warmup": 60, "lr": 1e-3},
+    "text": {"batch_size": 64, "steps": 1500, "warmup": 75, "lr": 1e-3, "max_text_len": 48},
+    "vl": {"batch_size": 64, "steps": 750, "warmup": 75, "lr": 1e-3},
+}
 
 
-# ---- Stage vl --------------------------------------------------------------------------------------------------------
+def recipe(stage, config):
+    """The default of every flag that follows stage and config."""
+    if config == "tiny":
+        return {"max_text_len": CONFIGS[config].max_text_len, "clip": 1.0, "save_every": 100} | TINY[stage]
+    published = PAPER[stage] | (LARGE.get(stage, {}) if config == "large" else {})
+    return {"max_text_len": CONFIGS[config].max_text_len, "save_every": 1000} | published
+
+
+OPTIMIZERS = {  # betas, weight decay, decay of the learning rate
+    "dvae": ((0.9, 0.99), 0.0, "cosine"),
+    "image": ((0.9, 0.999), 0.05, "cosine"),
+    "text": ((0.9, 0.98), 0.01, "linear"),
+    "vl": ((0.9, 0.98), 0.01, "linear"),
+}
+
+
+# ---- The stages ------------------------------------------------------------------------------------------------------
+# A stage holds a model, a head that later stages leave behind (or an empty module) and the weights of its losses; its
+# forward takes a batch → {name: scalar}: the losses, each as losses.py defines its mean, and what else is to be logged.
+
+
+class DVAEStage(nn.Module):
+    """The tokenizer of stage image: reconstruction, and the use of the codebook (dvae.py)."""
+
+    progress = 0.0  # the share of training that is done; the loop keeps it
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head, self.weights = model, nn.Module(), {"reconstruction": 1.0, "kl": 0.01}
+
+    def forward(self, batch):
+        pixels, reconstruction, logits = self.model(batch["image"], dvae.temperature(self.progress))
+        out = dvae.dvae_losses(pixels, reconstruction, logits)
+        codes = torch.bincount(logits.detach().argmax(-1).flatten(), minlength=logits.shape[-1])
+        return out | {"codes": (losses.gather(codes[None]).sum(0) > 0).sum().float()}  # that serve in this batch
+
+
+class ImageStage(nn.Module):
+    """Masked image modeling: the visual tokens of hidden patches (Section 3.4, as in BEiT). What an image passes
+    through learns: the patch embedding, the attention, the vision experts."""
+
+    def __init__(self, model, head, tokenizer):
+        super().__init__()
+        self.model, self.head, self.tokenizer, self.weights = model, head, tokenizer, {"mim": 1.0}
+        model.requires_grad_(False)
+        tokenizer.requires_grad_(False)
+        for module in image_path(model):
+            module.requires_grad_(True)
+
+    def forward(self, batch):
+        """batch: image (b, 3, S, S), hidden (b, N) bool."""
+        hidden, codes = batch["hidden"], self.tokenizer.encode(batch["image"])  # (b, N)
+        out = self.model.encode_image(batch["image"], masked=hidden, mask_embedding=self.head.mask_embedding)
+        at = hidden.nonzero(as_tuple=True)
+        return {"mim": losses.masked_token_loss(self.head(out[:, 1:][at]), codes[at])}  # of (M, K), (M,)
+
+
+def image_path(model):
+    """What an image-only pass reads."""
+    yield from (model.patches, model.image_cls, model.types, model.norm)
+    yield model.image_position if model.config.position == "absolute" else model.relative_table
+    for block in model.blocks:
+        attention = block.attention
+        yield from (block.norm, block.attention_branch, block.expert_branch)
+        for router in (attention.query, attention.key, attention.value, attention.out, block.experts):
+            yield router["vision" if "vision" in router else "shared"]
+
+
+class TextStage(nn.Module):
+    """Masked language modeling on text alone: the language experts learn, the attention and the vision experts of stage
+    image stay as they are (Section 3.4)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.head, self.weights = model, nn.Module(), {"mlm": 1.0}
+        model.requires_grad_(False)
+        for module in language_part(model):
+            module.requires_grad_(True)
+
+    def forward(self, batch):
+        """batch: masked, labels (b, T) int64, mask (b, T) bool."""
+        out = self.model.encode_text(batch["masked"], batch["mask"])  # (b, T, D)
+        at = (batch["labels"] != data.IGNORE).nonzero(as_tuple=True)
+        return {"mlm": losses.masked_token_loss(self.model.mlm_head(out[at]), batch["labels"][at])}
+
+
+def language_part(model):
+    """What stage text trains, as released: image rows of types and table get no gradient, so they stay."""
+    yield from (model.words, model.text_norm, model.types, model.norm, model.mlm_head)
+    yield model.text_position if model.config.position == "absolute" else model.relative_table
+    yield from (block.experts["language"] for block in model.blocks)
 
 
 class VisionLanguageStage(nn.Module):
     """All losses of a batch of pairs: encode → gather → draw → exchange → fuse → losses (Section 3.3)."""
 
-    def __init__(self, model, active, negatives="global"):
-        """active: which of "itc", "itm", "mlm" are in use; what only the others would train is frozen."""
+    def __init__(self, model, losses_used, negatives="global"):
+        """losses_used: {"itc", "itm", "mlm": weight}; what only those that are absent would train is frozen."""
         super().__init__()
-        self.model, self.active, self.negatives = model, active, negatives
-        for module in untrained(model, *active):
+        self.model, self.head, self.weights, self.negatives = model, nn.Module(), losses_used, negatives
+        for module in untrained(model, *losses_used):
             module.requires_grad_(False)
 
     def forward(self, batch):
         """batch of data.collate, b pairs → {loss's name: scalar}, each as losses.py defines its mean."""
         same, out = losses.same_pairs(batch["ids"]), {}  # (b, B)
         i2t = t2i = torch.zeros(same.shape, device=same.device)  # without ITC all candidates are alike
-        if "itc" in self.active:
+        if "itc" in self.weights:
             T = data.cut(batch["mask"])
             image = self.model.embed_image(batch["image"])  # (b, D)
             text = self.model.embed_text(batch["text"][:, :T], batch["mask"][:, :T])  # (b, D)
             i2t, t2i = losses.similarities(image, text, self.model.scale())
             out["itc"] = losses.itc_loss(i2t, t2i, same)
-        if "itm" in self.active or "mlm" in self.active:
+        if "itm" in self.weights or "mlm" in self.weights:
             out |= self.fuse(batch, i2t, t2i, losses.candidates(same, self.negatives))
-        return out
+        return out | {"scale": self.model.scale().detach()}
 
     def fuse(self, batch, i2t, t2i, candidate):
         """MLM and ITM from one pass over up to 4b pairs: masked; matched; with a wrong image; with a wrong text."""
         b, image, text, mask = len(batch["image"]), batch["image"], batch["text"], batch["mask"]
         texts, masks, images = [], [], []
-        if "mlm" in self.active:
+        if "mlm" in self.weights:
             texts, masks, images = [batch["masked"]], [mask], [image]
-        if "itm" in self.active:
+        if "itm" in self.weights:
             wrong_image, image_found = losses.draw_negatives(t2i, candidate)
             wrong_text, text_found = losses.draw_negatives(i2t, candidate)
             image_drawn = losses.exchange(image, wrong_image)
@@ -79,11 +186,11 @@ class VisionLanguageStage(nn.Module):
         T = data.cut(mask)
         hidden = self.model.encode_pair(text[:, :T], mask[:, :T], torch.cat(images), rows=T)  # (b, 3b or 4b, T, D)
         out = {}
-        if "mlm" in self.active:
+        if "mlm" in self.weights:
             labels = batch["labels"][:, :T]  # (b, T)
             at = (labels != data.IGNORE).nonzero(as_tuple=True)
-            out["mlm"] = losses.mlm_loss(self.model.mlm_head(hidden[:b][at]), labels[at])  # of (M, V), (M,)
-        if "itm" in self.active:
+            out["mlm"] = losses.masked_token_loss(self.model.mlm_head(hidden[:b][at]), labels[at])  # of (M, V), (M,)
+        if "itm" in self.weights:
             pooled = self.model.pool(hidden[-3 * b :])  # (3b, D)
             matched = torch.arange(3 * b, device=pooled.device) < b
             found = torch.cat([torch.ones_like(image_found), image_found, text_found])
@@ -110,47 +217,262 @@ def untrained(model, *active):
         yield from (block.experts["vl"] for block in fusing)
 
 
+# ---- Setting a stage up ----------------------------------------------------------------------------------------------
+
+
+class Start(NamedTuple):
+    """The checkpoint that a run begins from (--init) or goes on with (--resume)."""
+
+    path: Path
+    content: dict
+    config: Config
+    tokenizer: object  # None: of a stage without text
+    resumed: bool
+
+
+class Job(NamedTuple):
+    """What the loop needs to know of a stage."""
+
+    stage: nn.Module
+    samples: Dataset
+    unit: str  # what a sample is
+    config: object
+    tokenizer: object
+    taken: dict  # {group of the model: how it came from a checkpoint}
+    splits: list  # those of val and test that --data has
+    measure: Callable  # split → {name: number}
+    note: str = ""
+    kept: dict = {}  # goes into the checkpoint as it is
+
+
+def set_up_dvae(args, here, config, start):
+    image_size, grid = config.image_size, config.image_size // config.patch_size
+    sources = read_sources(args, image_size, captions=False)
+    runtime.seed_all(args.seed)
+    model = dvae.DVAE(dvae.DVAEConfig(grid, args.codes, width=128 if args.config == "tiny" else 256))
+    if start:
+        weights.load_exactly(model, start.content["model"], start.path)
+
+    def measure(split):
+        if here.main:
+            sheet = evaluate.reconstruction_sheet(model, sources[split], image_size, here.device)
+            sheet.save(Path(args.out, f"reconstructions-{split}.png"))
+        return evaluate.codebook(model, sources[split], image_size, here.device)
+
+    samples = images(args, sources["train"], image_size, None)
+    return Job(DVAEStage(model), samples, "images", model.config, None, {}, measured(sources), measure)
+
+
+def set_up_image(args, here, config, start):
+    sources, side = read_sources(args, config.image_size, captions=False), config.image_size // config.patch_size
+    model, taken = build(args, here, config, start)
+    tokenizer, known = image_tokenizer(args, here, config, start)
+    if tokenizer.config.grid != side:
+        grids = f"{tokenizer.config.grid} × {tokenizer.config.grid} codes an image, the model {side} × {side} patches"
+        raise runtime.UserError(
+            f"--dvae {args.dvae} has {grids}: train one with the same --image-size and --patch-size"
+        )
+    head = MIMHead(config, tokenizer.config.codes)
+    if known:
+        weights.load_exactly(head, start.content["head"], start.path)
+    stage = ImageStage(model, head, tokenizer)
+    samples = images(args, sources["train"], config.image_size, side)
+    measure = lambda split: evaluate.masked_patches(model, head, tokenizer, sources[split], here.device)
+    kept = {"dvae": {"config": dataclasses.asdict(tokenizer.config), "model": tokenizer.state_dict()}}
+    text = start and start.tokenizer
+    return Job(stage, samples, "images", config, text, taken, measured(sources), measure, kept=kept)
+
+
+def image_tokenizer(args, here, config, start):
+    """The dVAE of stage image, and whether the checkpoint's head is for its codes: that of --dvae, that which the
+    checkpoint was trained with, or one that is trained now."""
+    own = start and start.content.get("dvae")
+    path = args.dvae or (None if own else small_dvae(args, here, config))
+    content = evaluate.read_checkpoint(path, dvae.DVAEConfig)[0] if path else own
+    known = bool(own) and all(torch.equal(t, own["model"][name]) for name, t in content["model"].items())
+    if known and args.codes not in (None, own["config"]["codes"]):
+        raise runtime.UserError(f"--codes: {start.path} was trained with {own['config']['codes']}")
+    if own and start.resumed and not known:
+        raise runtime.UserError(f"--dvae {path} is not the one that {start.path} was trained with: leave --dvae away")
+    tokenizer = dvae.DVAE(dvae.DVAEConfig(**content["config"]))
+    weights.load_exactly(tokenizer, content["model"], path or start.path)
+    return tokenizer, known
+
+
+def set_up_text(args, here, config, start):
+    if not start:
+        raise runtime.UserError("stage text keeps the attention of stage image: name its checkpoint with --init")
+    if config.experts == "shared":
+        raise runtime.UserError("stage text trains language experts alone: a model with --experts shared has none")
+    if args.data != ["shapes"]:
+        data.text_files(args.data)
+    if config.max_text_len < 3:
+        raise runtime.UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
+    documents = lambda: data.read_documents(args.data)
+    corpus = lambda: [text for split, text in itertools.islice(documents(), 10**6) if split == "train"]
+    tokenizer = make_tokenizer(args, here, start, corpus, config.vocab_size)
+    config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
+    words = data.Words(tokenizer, config.max_text_len)
+    model, taken = build(args, here, config, start)
+
+    # The tokens lie in files in the node's folder for temporary files, whose names go when all processes have them open
+    folder = Path(tempfile.gettempdir(), here.from_main(lambda: f"vlmo-{uuid.uuid4().hex}"))
+    try:
+        here.once_a_node(lambda: (folder.mkdir(), data.pack(documents(), words, folder)))
+        texts = {split: data.Texts(folder / split, words, args.seed) for split in data.SPLITS}
+        here.meet()
+    finally:
+        if here.local_rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    if not len(texts["train"]):
+        raise data.DataError(f"--data {' '.join(args.data)}: no text to train on")
+
+    measure = lambda split: evaluate.masked_words(model, texts[split], texts["train"], here.device)
+    note = f", {len(texts['train'].tokens) / 1e6:.1f} M tokens"
+    check_val(args, measured(texts))
+    return Job(TextStage(model), texts["train"], "texts", config, tokenizer, taken, measured(texts), measure, note)
+
+
+def set_up_vl(args, here, config, start):
+    sources = read_sources(args, config.image_size, captions=True)
+    tokenizer = make_tokenizer(args, here, start, sources["train"].corpus, config.vocab_size)
+    config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
+    words = data.Words(tokenizer, config.max_text_len)
+    model, taken = build(args, here, config, start)
+    used = {"itc": args.itc_weight, "itm": args.itm_weight, "mlm": args.mlm_weight}
+    stage = VisionLanguageStage(model, {name: weight for name, weight in used.items() if weight > 0}, args.negatives)
+
+    measure = lambda split: evaluate.retrieval(model, sources[split], words, here.device)
+    samples = data.Pairs(
+        sources["train"], words, config.image_size, args.seed, augmentation(args, "randaugment"), args.flip
+    )
+    splits = measured(sources) if "itc" in stage.weights else []  # nothing else makes retrieval work
+    candidates = args.batch_size // args.accumulate
+    hard = candidates if args.negatives == "global" else candidates // here.world
+    note = f", {candidates} candidates for contrast, {hard} for hard negatives"
+    return Job(stage, samples, "pairs", config, tokenizer, taken, splits, measure, note)
+
+
+STAGES = {"dvae": set_up_dvae, "image": set_up_image, "text": set_up_text, "vl": set_up_vl}
+
+
+def small_dvae(args, here, config):
+    """Without --dvae: the path of one trained for this run, beside --out. With --resume it is finished, or kept."""
+    folder = Path(f"{args.out}-dvae")
+    here.print(f"no --dvae: one is trained first, in {folder}")
+    defaults = {name: value for name, value in recipe("dvae", args.config).items() if name != "save_every"}
+    batch = -(-defaults["batch_size"] // here.world) * here.world
+    own = {"stage": "dvae", "out": folder, "init": None, "eval_every": 0, "accumulate": 1, "compile": False}
+    own |= {"image_size": config.image_size, "patch_size": config.patch_size, "codes": args.codes or defaults["codes"]}
+    return train(argparse.Namespace(**vars(args) | defaults | own | {"batch_size": batch}), here)
+
+
+def build(args, here, config, start):
+    """The model, and what of it comes from the checkpoint: {group: how}."""
+    runtime.seed_all(args.seed)
+    model = VLMo(config)
+    if not start:
+        return model, {}
+    how = weights.fit(model, start.content["model"], start.config, start.path)
+    if not start.resumed:
+        here.print(
+            f"{start.path} (stage {start.content['stage']}, step {start.content['step']}):\n{weights.report(how)}"
+        )
+    return model, how
+
+
+def read_sources(args, image_size, captions):
+    """{split: source}: train, test if --data has it, and val if it is asked for."""
+    splits = ["train", "test"] + ["val"] * bool(args.eval_every)
+    read = lambda split: data.read_sources(args.data, split, image_size, needed=split == "train", captions=captions)
+    sources = {split: read(split) for split in splits}
+    check_val(args, measured(sources))
+    return sources
+
+
+def check_val(args, splits):
+    if args.eval_every and "val" not in splits:
+        raise runtime.UserError("--eval-every needs a val split, and --data has none")
+
+
+def measured(sources):
+    return [split for split in ("val", "test") if sources.get(split)]
+
+
+def augmentation(args, usual):
+    return args.augment or ("none" if args.data == ["shapes"] else usual)
+
+
+def images(args, source, image_size, side):
+    return data.Images(source, image_size, args.seed, augmentation(args, "crop"), args.flip, side)
+
+
+def make_tokenizer(args, here, start, corpus, size):
+    """That of the checkpoint, that of --vocab (the same, where both have one), or one trained on the corpus."""
+    given, known = args.vocab and data.load_tokenizer(args.vocab), start and start.tokenizer
+    if given and known and given.get_vocab() != known.get_vocab():
+        raise runtime.UserError(f"--vocab {args.vocab} is not the vocabulary that {start.path} was trained with")
+    if known and args.vocab_size not in (None, known.get_vocab_size()):
+        raise runtime.UserError(f"--vocab-size: {start.path} has a vocabulary of {known.get_vocab_size()}, which stays")
+    if given or known:
+        return known or given
+    text = here.from_main(lambda: data.train_tokenizer(corpus(), size).to_str())
+    return data.tokenizer_from_json(text, "the new tokenizer")
+
+
 # ---- The command -----------------------------------------------------------------------------------------------------
+
+# Flags that only some stages read.
+PICTURES, MODELS, TEXT, PAIRS = ("dvae", "image", "vl"), ("image", "text", "vl"), ("text", "vl"), ("vl",)
+ONLY = {"dvae": ("image",), "codes": ("dvae", "image"), "vocab": TEXT, "vocab_size": TEXT, "max_text_len": TEXT}
+ONLY |= dict.fromkeys(("augment", "flip"), PICTURES) | dict.fromkeys(("init", "compile"), MODELS)
+ONLY |= dict.fromkeys(("itc_weight", "itm_weight", "mlm_weight", "negatives"), PAIRS)
+ONLY |= {
+    field.name: MODELS for field in dataclasses.fields(Config) if field.name not in (*ONLY, "image_size", "patch_size")
+}
 
 
 def parse():
     parser = runtime.Parser(__doc__)
     group = parser.add_argument_group("run")
-    group.add_argument("--stage", choices=["vl"], default="vl")
-    group.add_argument(
-        "--out", default="runs/vl", metavar="DIR", help="for last.pt, metrics.jsonl, config.json [%(default)s]"
-    )
-    group.add_argument("--init", metavar="FILE", help="start from this checkpoint's weights and tokenizer")
+    group.add_argument("--stage", choices=list(STAGES), default="vl", help="[vl]")
+    group.add_argument("--out", metavar="DIR", help="for last.pt, metrics.jsonl, config.json [runs/STAGE]")
+    group.add_argument("--init", metavar="FILE", help="start from this checkpoint: of the stage before, or any")
     group.add_argument("--resume", action="store_true", help="continue the run in --out if there is one, else start it")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--save-every", type=int, metavar="STEPS", help="[1000; for tiny 100]")
     group.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="[%(default)s]")
-    group.add_argument(
-        "--eval-every", type=int, default=0, metavar="STEPS", help="zero-shot retrieval on split val [0: never]"
-    )
+    group.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="measure on split val [0: never]")
 
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", nargs="+", default=["shapes"], metavar="DIR", help="folders, or the built-in world [shapes]"
+        "--data", nargs="+", default=["shapes"], metavar="PATH", help="the built-in world [shapes]; folders of pairs "
+        "(stage vl), of pairs or images (dvae, image), text files or folders of them (text)"
+    )  # fmt: skip
+    group.add_argument(
+        "--dvae", metavar="FILE", help="stage image: the tokenizer, of --stage dvae [one is trained first]"
     )
-    group.add_argument("--vocab", metavar="FILE", help="vocab.txt or tokenizer.json [trained on the captions]")
-    group.add_argument("--augment", choices=data.AUGMENTATIONS, help="[randaugment, the paper's; for shapes none]")
+    group.add_argument("--codes", type=int, metavar="K", help="of a new dVAE's codebook [8192; tiny 256]")
+    group.add_argument("--vocab", metavar="FILE", help="vocab.txt or tokenizer.json [that of --init, or a new one]")
+    group.add_argument(
+        "--augment", choices=data.AUGMENTATIONS, help="[vl: randaugment, the paper's; dvae, image: crop; shapes: none]"
+    )
     group.add_argument(
         "--flip", action="store_true", help="mirror half the images: not where captions say left and right"
     )
     group.add_argument("--workers", type=int, metavar="N", help="loader processes per training process [by the cores]")
 
     group = parser.add_argument_group(
-        "optimization", "defaults follow --config; in brackets the paper's for base / large"
+        "optimization", "defaults follow --stage and --config; in brackets the paper's for stages image · text · vl"
     )
-    group.add_argument("--batch-size", type=int, metavar="PAIRS", help="of a step, over all processes [1024]")
+    group.add_argument("--batch-size", type=int, metavar="B", help="of a step, over all processes [2048 · 1024 · 1024]")
     group.add_argument(
         "--accumulate", type=int, default=1, metavar="A", help="split a step into A passes; negatives come from one"
     )
-    group.add_argument("--steps", type=int, help="[200000]")
-    group.add_argument("--warmup", type=int, metavar="STEPS", help="[2500]")
-    group.add_argument("--lr", type=float, help="peak learning rate [2e-4 / 5e-5]")
-    group.add_argument("--clip", type=float, metavar="NORM", help="clip the gradient's norm; 0 = off [off]")
+    group.add_argument("--steps", type=int, help="[500000 · 500000, large 200000 · 200000]")
+    group.add_argument("--warmup", type=int, metavar="STEPS", help="[10000 · 2500 · 2500]")
+    group.add_argument("--lr", type=float, help="peak learning rate [1.5e-3 · 2e-4 · 2e-4, large 5e-5]")
+    group.add_argument("--clip", type=float, metavar="NORM", help="clip the gradient's norm; 0 = off [3 · off · off]")
     group.add_argument("--itc-weight", type=float, default=1.0, metavar="W", help="0 drops the loss (default 1)")
     group.add_argument("--itm-weight", type=float, default=1.0, metavar="W", help="(default 1)")
     group.add_argument("--mlm-weight", type=float, default=0.25, metavar="W", help="(default 0.25)")
@@ -166,32 +488,29 @@ def parse():
         values = ", ".join(f"{name} {vars(config)[field.name]}" for name, config in CONFIGS.items())
         flag, kind = "--" + field.name.replace("_", "-"), field.type
         group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"[{values}]")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for flag, stages in ONLY.items():
+        if args.stage not in stages and vars(args)[flag] != parser.get_default(flag):
+            raise runtime.UserError(
+                f"--{flag.replace('_', '-')} is of stage {' and '.join(stages)}, not of {args.stage}"
+            )
+    args.out = args.out or f"runs/{args.stage}"
+    return args
 
 
-def check(args, here):
-    """Fills in the recipe's defaults → weights of the losses in use. UserError for numbers that do not fit."""
-    for name, value in RECIPES[args.config].items():
-        if vars(args)[name] is None:
-            vars(args)[name] = value
-    if min(args.batch_size, args.accumulate, args.steps, args.save_every, args.log_every) < 1:
-        raise runtime.UserError("--batch-size, --accumulate, --steps, --save-every and --log-every must be at least 1")
-    if min(args.seed, args.warmup, args.eval_every, args.workers or 0) < 0:
-        raise runtime.UserError("--seed, --warmup, --eval-every and --workers must not be negative")
-    weights = {"itc": args.itc_weight, "itm": args.itm_weight, "mlm": args.mlm_weight}
-    if not all(math.isfinite(value) and value >= 0 for value in (args.lr, args.clip, *weights.values())):
-        raise runtime.UserError("--lr, --clip and the losses' weights must be finite and not negative")
-    if not any(weights.values()):
-        raise runtime.UserError("the losses' weights must not all be 0")
-    if args.batch_size % (here.world * args.accumulate):
-        parts = f"{here.world} processes × {args.accumulate} passes (--accumulate)"
-        raise runtime.UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
-    return {name: weight for name, weight in weights.items() if weight > 0}
-
-
-def configure(args, config):
-    """The architecture: `config` of a checkpoint (or None), or that of --config, with the flags on top."""
-    base = CONFIGS[args.config or "tiny"] if args.config or not config else config
+def resolve(args, start):
+    """Fills in what follows stage and config → the Config: that of --config, or of the checkpoint, with the flags on
+    top. UserError where its fields do not fit together."""
+    name = args.config or (start.content["args"]["config"] if start else "tiny")
+    defaults = recipe(args.stage, name)
+    base = start.config if start and not args.config and args.stage != "dvae" else CONFIGS[name]
+    if start and args.stage == "dvae":  # --resume
+        defaults |= {flag: start.content["args"][flag] for flag in ("image_size", "patch_size", "codes")}
+    elif start and args.stage in ("image", start.content["stage"]):
+        defaults["max_text_len"] = start.config.max_text_len
+    for flag, value in ({"config": name} | defaults).items():
+        if vars(args)[flag] is None:
+            vars(args)[flag] = value
     flags = {field.name: vars(args)[field.name] for field in dataclasses.fields(Config)}
     try:
         return dataclasses.replace(base, **{name: value for name, value in flags.items() if value is not None})
@@ -199,12 +518,22 @@ def configure(args, config):
         raise runtime.UserError(str(error)) from None
 
 
-def make_tokenizer(args, here, source, size):
-    """That of --vocab, or one trained on the captions, by process 0."""
-    if args.vocab:
-        return data.load_tokenizer(args.vocab)
-    text = here.from_main(lambda: data.train_tokenizer(source.corpus(), size).to_str())
-    return data.tokenizer_from_json(text, "the new tokenizer")
+def check(args, here):
+    """UserError for numbers that do not fit."""
+    if min(args.batch_size, args.accumulate, args.steps, args.save_every, args.log_every) < 1:
+        raise runtime.UserError("--batch-size, --accumulate, --steps, --save-every and --log-every must be at least 1")
+    if min(args.seed, args.warmup, args.eval_every, args.workers or 0) < 0:
+        raise runtime.UserError("--seed, --warmup, --eval-every and --workers must not be negative")
+    if args.codes is not None and (args.codes < 2 or args.dvae):
+        raise runtime.UserError("--codes must be at least 2, and does not go with --dvae, whose codebook has a size")
+    factors = (args.itc_weight, args.itm_weight, args.mlm_weight)
+    if not all(math.isfinite(value) and value >= 0 for value in (args.lr, args.clip, *factors)):
+        raise runtime.UserError("--lr, --clip and the losses' weights must be finite and not negative")
+    if not any(factors):
+        raise runtime.UserError("the losses' weights must not all be 0")
+    if args.batch_size % (here.world * args.accumulate):
+        parts = f"{here.world} processes × {args.accumulate} passes (--accumulate)"
+        raise runtime.UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
 
 
 def prepare_folder(out, resumed, here):
@@ -220,16 +549,14 @@ def prepare_folder(out, resumed, here):
         raise runtime.UserError(f"--out {out}: {error.strerror}") from None
 
 
-def loader(args, here, source, words, image_size, start):
+def loader(args, here, samples, start):
     """Endless batches of this process from pass `start` on."""
-    kind = args.augment or ("none" if args.data == ["shapes"] else "randaugment")
-    pairs = data.Pairs(source, words, image_size, args.seed, kind, args.flip)
     local = args.batch_size // here.world // args.accumulate
-    order = data.Order(len(source), local, here.rank, here.world, args.seed, start)
+    order = data.Order(len(samples), local, here.rank, here.world, args.seed, start)
     workers, gpu = args.workers, here.device.type == "cuda"
     if workers is None:  # on a CPU they would only take the cores that compute
         workers = max(1, min(8, (os.cpu_count() or 1) // here.local_world - 1)) if gpu else 0
-    return iter(DataLoader(pairs, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=gpu))
+    return iter(DataLoader(samples, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=gpu))
 
 
 class Unreadable:
@@ -249,113 +576,114 @@ class Unreadable:
             raise data.DataError(f"{len(self.files)} images could not be read, {reason}: {files[0]}, …")
 
 
-def check_finite(names, first, rows):
+def check_finite(stage, names, first, rows):
     """rows (steps, names) from step `first` on. UserError that names the first value that is not finite."""
     for step, row in enumerate(rows, start=first):
         for name, value in zip(names, row):
             if not math.isfinite(value):
                 advice = "the last checkpoint is from before; try a lower --lr, or --resume with another --seed"
-                raise runtime.UserError(f"stage vl, step {step}: {name} is {value}: {advice}")
+                raise runtime.UserError(f"stage {stage}, step {step}: {name} is {value}: {advice}")
 
 
-def continue_from(start, path, described, here, optimizer):
+def continue_from(start, job, described, here, optimizer, scaler):
     """Puts optimizer and scaler where a checkpoint left them → the number of steps done."""
+    content, trains = start.content, [n for n, p in job.stage.model.named_parameters() if p.requires_grad]
     try:
-        done, then = start["step"], start["args"] | {"processes": start["processes"]}
-        optimizer.load_state_dict(start["optimizer"])
-        if start["scaler"] and here.scaler.is_enabled():
-            here.scaler.load_state_dict(start["scaler"])
+        if any(job.taken.get(name, "taken") != "taken" for name in weights.groups(trains)):
+            raise ValueError
+        done, then = content["step"], content["args"] | {"processes": content["processes"]}
+        optimizer.load_state_dict(content["optimizer"])
+        if content["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(content["scaler"])
     except (KeyError, ValueError):
-        advice = "resume with the losses that it was trained with, or start from it with --init"
-        raise runtime.UserError(f"{path} holds no run that can be continued like this: {advice}") from None
+        advice = "resume with the flags that it was trained with, or start from it with --init"
+        raise runtime.UserError(f"{start.path} holds no run that can be continued like this: {advice}") from None
+    if described["args"]["steps"] < done:
+        raise runtime.UserError(f"{start.path} is of step {done}: --steps {described['args']['steps']} lies behind it")
     now = described["args"] | {"processes": described["processes"], "resume": then.get("resume")}
     changed = [f"{name} {then.get(name)} → {value}" for name, value in now.items() if value != then.get(name)]
     here.print(f"resuming after step {done}" + (f" with other flags: {', '.join(changed)}" if changed else ""))
     return done
 
 
-def main():
-    args = parse()
-    here = runtime.Runtime(args.amp)
+def train(args, here):
+    """Runs one stage → the path of its last checkpoint."""
     out, last = Path(args.out), Path(args.out, "last.pt")
     resumed = here.from_main(lambda: args.resume and last.exists())
-    path = last if resumed else args.init
-    start, config, tokenizer = evaluate.read_checkpoint(path) if path else ({}, None, None)
-    if args.vocab and args.init and not resumed:
-        raise runtime.UserError("--vocab does not go with --init: that checkpoint has its own vocabulary")
-    config = configure(args, config)
-    args.config = args.config or start.get("args", {}).get("config", "tiny")
-    weights = check(args, here)
+    start, path = None, last if resumed else args.init
+    if path:
+        kind = dvae.DVAEConfig if args.stage == "dvae" else Config
+        start = Start(Path(path), *evaluate.read_checkpoint(path, kind), resumed)
+        if resumed and start.content["stage"] != args.stage:
+            raise runtime.UserError(
+                f"{last} is of stage {start.content['stage']}: give stage {args.stage} another --out"
+            )
+    config = resolve(args, start)
+    check(args, here)
+    job = STAGES[args.stage](args, here, config, start)
 
-    # Data, model, optimizer
-    source = data.read_sources(args.data, "train", config.image_size)
-    val = data.read_sources(args.data, "val", config.image_size, needed=False) if args.eval_every else None
-    test = data.read_sources(args.data, "test", config.image_size, needed=False)
-    if args.eval_every and not val:
-        raise runtime.UserError("--eval-every needs a val split, and --data has none")
-    tokenizer = tokenizer or make_tokenizer(args, here, source, config.vocab_size)
-    config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
-    words = data.Words(tokenizer, config.max_text_len)
-    runtime.seed_all(args.seed)
-    model = VLMo(config)
-    if start:
-        runtime.load_weights(model, start["model"], path)
-    stage = VisionLanguageStage(model, list(weights), args.negatives).to(here.device)
-    optimizer, done = runtime.optimizer(model, WEIGHT_DECAY, BETAS), 0
-    described = {"args": vars(args), "config": dataclasses.asdict(config), "processes": here.world}
+    # Model, optimizer
+    stage, model = job.stage.to(here.device), job.stage.model
+    betas, weight_decay, decay = OPTIMIZERS[args.stage]
+    optimizer, scaler, done = runtime.optimizer(stage, weight_decay, betas), here.scaler(), 0
+    described = {"stage": args.stage, "args": vars(args) | {"out": str(out)}, "processes": here.world}
+    described["config"] = dataclasses.asdict(job.config)
     if resumed:
-        done = continue_from(start, path, described, here, optimizer)
+        done = continue_from(start, job, described, here, optimizer, scaler)
     start = None  # a second copy of everything
     if args.compile:  # blocks share their code: kinds of input × lower, last, fusing × training or not
         torch._dynamo.config.recompile_limit = 64
         for block in model.blocks:
             block.compile()
     wrapped = here.wrap(stage)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in stage.parameters() if p.requires_grad]
+    taken = [group for group, how in job.taken.items() if how in ("taken", "resampled")]
 
     # The folder of the run, and what is written there
     prepare_folder(out, resumed, here)
     metrics = runtime.Metrics(out, here.main, done)
     if here.main:
         (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-    candidates = args.batch_size // args.accumulate
-    hard = candidates if args.negatives == "global" else candidates // here.world
     here.print(
-        f"stage vl, config {args.config}: {sum(p.numel() for p in parameters) / 1e6:.1f} M trainable parameters, "
-        f"{len(source)} pictures, {here.world} × {here.device}, {args.batch_size} pairs a step, "
-        f"{candidates} candidates for contrast, {hard} for hard negatives"
+        f"stage {args.stage}, {args.config}: {sum(p.numel() for p in parameters) / 1e6:.1f} M trainable parameters, "
+        f"{len(job.samples)} {job.unit}, {here.world} × {here.device}, {args.batch_size} {job.unit} a step{job.note}, "
+        f"measured on {' and '.join(job.splits) or 'nothing'}\n"
+        f"  learns: {', '.join(weights.groups(n for n, p in model.named_parameters() if p.requires_grad))}"
     )
-    names, history = [*weights, "gradient norm"], []
-    unreadable, clock = Unreadable(len(source)), time.perf_counter()
+    names, history = [], []
+    unreadable, clock = Unreadable(len(job.samples)), time.perf_counter()
 
     def log(step):
         """Averages since the last log, over steps and processes; on all processes, which stop together if need be."""
         nonlocal clock
         rows = here.mean(torch.stack(history))
-        check_finite(names if args.amp != "fp16" else names[:-1], step - len(rows) + 1, rows)
+        check_finite(args.stage, names if args.amp != "fp16" else names[:-1], step - len(rows) + 1, rows)
         values = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         files = here.mean(torch.tensor(float(len(unreadable.files)), device=here.device)) * here.world
-        metrics.write(step=step, **values, lr=optimizer.param_groups[0]["lr"], scale=model.scale().item(),
-                      pairs_per_s=args.batch_size * len(rows) / seconds, unreadable=round(files))  # fmt: skip
+        rate = {f"{job.unit}_per_s": args.batch_size * len(rows) / seconds}
+        metrics.write(step=step, **values, lr=optimizer.param_groups[0]["lr"], **rate, unreadable=round(files))
         bar.set_postfix({name: f"{value:.2f}" for name, value in values.items()}, refresh=False)
         history.clear()
 
-    def evaluated(name, pairs, step):
+    def measure(split, step):
         nonlocal clock
         began = time.perf_counter()
-        results = evaluate.retrieval(model, pairs, words, here.device)
-        metrics.write(step=step, split=name, **results)
-        clock += time.perf_counter() - began  # the rate of pairs is that of training
-        return results
+        results = job.measure(split)
+        metrics.write(step=step, split=split, **results)
+        stage.train()
+        clock += time.perf_counter() - began  # the rate is that of training
+        if here.main:
+            bar.write(f"step {step}, split {split}: {evaluate.line(results)}")
 
-    batches = loader(args, here, source, words, config.image_size, done * args.accumulate)
+    batches = loader(args, here, job.samples, done * args.accumulate)
     bar = tqdm(total=args.steps, initial=done, disable=not here.main, unit="step", mininterval=1)
     stage.train()
     for step in range(done + 1, args.steps + 1):
         runtime.seed_all(args.seed, step, here.rank)  # drop-path and negatives; the data have seeds of their own
         for group in optimizer.param_groups:
-            group["lr"] = runtime.learning_rate(step, args.steps, args.warmup, args.lr)
+            group["lr"] = runtime.learning_rate(step, args.steps, args.warmup, args.lr, decay)
+        stage.progress = step / args.steps
         row = 0
         for part in range(args.accumulate):
             batch = next(batches)
@@ -364,32 +692,38 @@ def main():
             with here.synchronised(wrapped, part == args.accumulate - 1):
                 with here.autocast():
                     values = wrapped(batch)
-                loss = sum(weight * values[name] for name, weight in weights.items())  # 1·ITC + 1·ITM + 0.25·MLM
-                here.scaler.scale(loss / args.accumulate).backward()
-            row = row + torch.stack([values[name].detach() for name in weights]) / args.accumulate
-        here.scaler.unscale_(optimizer)
+                loss = sum(weight * values[name] for name, weight in stage.weights.items())  # 1·ITC + 1·ITM + 0.25·MLM
+                scaler.scale(loss / args.accumulate).backward()
+            row = row + torch.stack([value.detach().float() for value in values.values()]) / args.accumulate
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
-        here.scaler.step(optimizer)
-        here.scaler.update()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
+        names = [*values, "gradient norm"]
         history.append(torch.cat([row, norm[None]]))
         bar.update()
 
         if step % args.log_every == 0 or step % args.save_every == 0 or step == args.steps:
             log(step)
         if here.main and (step % args.save_every == 0 or step == args.steps):
-            parts = {"model": model, "optimizer": optimizer, "scaler": here.scaler}
+            parts = {"head": stage.head, "optimizer": optimizer, "scaler": scaler}
             state = {name: part.state_dict() for name, part in parts.items()}
-            runtime.save(last, described | state | {"stage": "vl", "step": step, "tokenizer": tokenizer.to_str()})
-        if val and step % args.eval_every == 0:
-            results = evaluated("val", val, step)
-            if here.main:
-                bar.write(f"step {step}, split val\n{evaluate.table(results)}")
+            state |= {"model": weights.learned(model, taken), "tokenizer": job.tokenizer and job.tokenizer.to_str()}
+            runtime.save(last, described | state | job.kept | {"step": step})
+        if args.eval_every and step % args.eval_every == 0:
+            measure("val", step)
     bar.close()
-    if test:
-        results = evaluated("test", test, args.steps)
-        here.print(f"zero-shot retrieval on the {len(test)} pictures of split test:\n{evaluate.table(results)}")
+    if "test" in job.splits:
+        measure("test", args.steps)
+    here.meet()  # process 0 has saved
     here.print(f"{last} holds the model")
+    return last
+
+
+def main():
+    args = parse()
+    train(args, runtime.Runtime(args.amp))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 import runtime
 
-FIXED = ("dim", "layers", "heads", "patch_size", "position", "experts", "attention")  # no tensor can be fitted to those
+# No tensor can be fitted to another one of these (LayerScale: whether there is any).
+FIXED = ("dim", "layers", "heads", "patch_size", "position", "experts", "attention", "layer_scale")
 MODALITIES = ("shared", "vision", "language", "vl")
 
 # What a file may lack, because its stage did not learn it: the rest of the trunk is in every file.
@@ -36,9 +37,9 @@ def groups(names):
 
 
 def learned(model, taken):
-    """The part of the state dict that is worth saving: groups in `taken`, and those that train now."""
+    """The part of the state dict to save: groups in `taken`, those that train now, and what every file has."""
     kept = set(taken) | set(groups(name for name, p in model.named_parameters() if p.requires_grad))
-    return {name: tensor for name, tensor in model.state_dict().items() if group(name) in kept}
+    return {name: t for name, t in model.state_dict().items() if group(name) in kept or group(name) not in OPTIONAL}
 
 
 def fit(model, tensors, config, path):
@@ -50,7 +51,7 @@ def fit(model, tensors, config, path):
     """
     for name in FIXED:
         there, here = vars(config)[name], vars(model.config)[name]
-        if there != here:
+        if there != here and (name != "layer_scale" or not there or not here):
             advice = "leave the flags of the architecture away, or start from another file"
             raise runtime.UserError(f"{path} has {name} {there}, and this run {here}: {advice}")
     own, how = model.state_dict(), {}

@@ -1,6 +1,7 @@
 """Tokens, masks, augmentation, data sets on disk, the built-in world, the order of samples."""
 
 import json
+import os
 import random
 from collections import Counter
 
@@ -25,29 +26,32 @@ def words():
 
 
 def test_captions_are_framed_padded_and_cut(words):
-    ids, mask, groups = words.encode("Red dogs")
+    ids, mask = words.encode("Red dogs")
     n = int(mask.sum())
     assert ids[0] == words.cls and ids[n - 1] == words.sep and (ids[n:] == words.pad).all()
-    assert words.tokenizer.decode(ids[1 : n - 1].tolist()) == "red dogs" and len(groups) == 2
-    ids, mask, groups = words.encode("red " * 100)
-    assert mask.all() and ids[-1] == words.sep and len(groups) == 22
+    assert words.tokenizer.decode(ids[1 : n - 1].tolist()) == "red dogs" and len(words.words(ids)) == 2
+    ids, mask = words.encode("red " * 100)
+    assert mask.all() and ids[-1] == words.sep and len(words.words(ids)) == 22
 
 
 def test_an_empty_caption_has_two_tokens_and_nothing_to_mask(words):
-    ids, mask, groups = words.encode("  ")
-    assert mask.sum() == 2 and groups == []
-    masked, labels = words.mask_words(ids, groups, random.Random(0))
+    ids, mask = words.encode("  ")
+    assert mask.sum() == 2 and words.words(ids) == []
+    masked, labels = words.mask_words(ids, random.Random(0))
     assert torch.equal(masked, ids) and (labels == data.IGNORE).all()
 
 
 def test_words_are_masked_whole_in_15_percent_80_10_10(words):
     caption = " ".join(["unbelievably", "red", "xyz", "dogs"] * 5)[:10_000]
     tokenizer = data.Words(words.tokenizer, 200)
-    ids, mask, groups = tokenizer.encode(caption)
-    assert len(groups) == 20 and max(map(len, groups)) > 1
+    ids, groups = tokenizer.encode(caption)[0], []
+    for position, word in enumerate(tokenizer.tokenizer.encode(caption, add_special_tokens=False).word_ids, start=1):
+        groups += [[]] * (word == len(groups))
+        groups[word] = groups[word] + [position]  # the library's own account of words
+    assert tokenizer.words(ids) == groups and len(groups) == 20 and max(map(len, groups)) > 1
     outcomes = Counter()
     for seed in range(2000):
-        masked, labels = tokenizer.mask_words(ids, groups, random.Random(seed))
+        masked, labels = tokenizer.mask_words(ids, random.Random(seed))
         chosen = labels != data.IGNORE
         assert torch.equal(labels[chosen], ids[chosen]) and torch.equal(masked[~chosen], ids[~chosen])
         hit = [chosen[torch.tensor(group)] for group in groups]
@@ -98,9 +102,8 @@ def test_a_tokenizer_that_pads_and_cuts_by_itself_does_not(words, tmp_path):
     tokenizer.save(str(tmp_path / "t.json"))
     reread = data.Words(data.load_tokenizer(tmp_path / "t.json"), 24)
     for caption in ("red", CAPTIONS[1]):
-        ids, mask, groups = words.encode(caption)
-        assert not mask.all() and all(map(torch.equal, reread.encode(caption)[:2], (ids, mask)))
-        assert reread.encode(caption)[2] == groups
+        ids, mask = words.encode(caption)
+        assert not mask.all() and all(map(torch.equal, reread.encode(caption), (ids, mask)))
 
 
 def test_berts_vocabulary_splits_as_bert_does(shared):
@@ -241,7 +244,7 @@ def test_missing_files_are_counted_and_the_first_named(tmp_path):
 def test_folders_without_data_are_refused(tmp_path):
     with pytest.raises(data.DataError, match="no such folder"):
         data.read_sources([tmp_path / "absent"], "train", 8)
-    with pytest.raises(data.DataError, match="has no train.jsonl"):
+    with pytest.raises(data.DataError, match="has no captions: no train.jsonl"):
         data.read_sources([tmp_path], "train", 8)
     with pytest.raises(data.DataError, match="no pictures in split train"):
         data.read_sources([manifest(tmp_path, "")], "train", 8)
@@ -411,3 +414,148 @@ def test_an_unreadable_image_is_named_and_the_next_stands_in(words, tmp_path):
 def test_texts_are_cut_to_the_longest_rounded_up_to_8():
     lengths = lambda *n: torch.arange(20) < torch.tensor(n)[:, None]
     assert [data.cut(lengths(*n)) for n in [(2, 3), (8,), (9, 2), (17,), (20,)]] == [8, 8, 16, 20, 20]
+
+
+# ---- Stages image and text -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 6, 14, 24])
+def test_blockwise_masks_hide_their_share_in_blocks(side):
+    rng, wanted = random.Random(0), -(-75 * side * side // 196)
+    masks = torch.stack([data.mask_blocks(side, rng) for _ in range(1000)])
+    assert masks.dtype == torch.bool and masks.shape == (1000, side * side)
+    assert abs(masks.float().mean().item() - 75 / 196) < 0.02 and masks.sum(1).max() <= wanted
+    assert masks.any(0).all() and masks.float().mean(0).max() < 0.85  # every patch at times, none always
+
+
+def test_no_block_has_fewer_patches_than_asked(monkeypatch):
+    """Every hidden patch lies in a hidden rectangle of at least 16 of 14 × 14 patches, 3 of 6 × 6."""
+    for side, smallest in ((14, 16), (6, 3)):
+        shapes = [(h, -(-smallest // h)) for h in range(1, side + 1) if -(-smallest // h) <= side]  # the least of them
+        for seed in range(100):
+            hidden = data.mask_blocks(side, random.Random(seed)).view(side, side).float()[None, None]
+            covered = torch.zeros(side, side, dtype=torch.bool)
+            for h, w in shapes:
+                whole = torch.nn.functional.avg_pool2d(hidden, (h, w), stride=1)[0, 0] > 1 - 1e-6
+                for y, x in whole.nonzero().tolist():
+                    covered[y : y + h, x : x + w] = True
+            assert torch.equal(covered, hidden[0, 0] > 0)
+
+
+def test_an_image_folder_is_read_below_and_dealt_or_has_its_own_splits(tmp_path):
+    for i in range(200):
+        path = tmp_path / "dealt" / str(i % 7) / f"{i}.{'JPG' if i % 2 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(path)
+    (tmp_path / "dealt" / "notes.txt").write_text("no image")
+    read = lambda folder, split: data.read_sources([tmp_path / folder], split, 8, needed=False, captions=False)
+    dealt = {split: read("dealt", split) for split in ("train", "val", "test")}
+    paths = {split: [source.path(i) for i in range(len(source))] for split, source in dealt.items()}
+    assert sum(map(len, paths.values())) == len(set().union(*map(set, paths.values()))) == 200
+    assert len(paths["train"]) > 180 and paths["test"] and paths["val"]
+    assert dealt["train"].captions(0) == [] and dealt["train"].image(3).size == (4, 4)
+    for split in ("train", "val"):
+        (tmp_path / "own" / split).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "own" / split / "a.png")
+    assert [source and source.path(0)[-11:] for source in (read("own", "train"), read("own", "test"))] == [
+        "train/a.png",
+        None,
+    ]
+    classes = tmp_path / "classes" / "train"  # a class that is called so, and no split
+    classes.mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(classes.parent / "a.png")
+    name = os.fsdecode(b"\xff.png")  # a name that is no text
+    Image.new("RGB", (4, 4)).save(classes / name, format="png")
+    found = [read("classes", split) for split in ("train", "val", "test")]
+    assert sum(len(source) for source in found if source) == 2
+    pairs = manifest(tmp_path, "")  # a folder of pairs stays one, also where a split is missing
+    assert pairs.exists() and data.read_sources([tmp_path], "test", 8, needed=False, captions=False) is None
+
+
+def test_samples_of_images_follow_seed_epoch_and_index():
+    images = lambda seed: data.Images(data.Shapes("train", 16), 16, seed, "crop", True, 4)
+    first = images(0)[2, 5]
+    assert first.keys() == {"image", "hidden", "unreadable"} and first["hidden"].shape == (16,)
+    same = lambda a, b: torch.equal(a["image"], b["image"]) and torch.equal(a["hidden"], b["hidden"])
+    assert same(first, images(0)[2, 5])
+    assert not any(same(first, other) for other in (images(0)[3, 5], images(0)[2, 6], images(1)[2, 5]))
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("one\ntwo \n\n", ["one", "two"]),
+        ("one\nmore of it\n\n \ntwo\n", ["one more of it", "two"]),
+        ("", []),
+        ("\n\n", []),
+        ("\n\none\ntwo", ["one", "two"]),
+    ],
+)
+def test_documents_are_lines_or_stand_between_blank_lines(tmp_path, text, expected):
+    (tmp_path / "a.txt").write_text(text)
+    assert list(data.documents(tmp_path / "a.txt")) == expected
+
+
+def test_documents_are_dealt_to_splits_by_their_text(tmp_path):
+    lines = [f"document number {i}" for i in range(1000)]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_text("\n".join(reversed(lines)))
+
+    def split(*names):
+        dealt = list(data.read_documents(names))
+        return [{text for split, text in dealt if split == name} for name in ("train", "val", "test")]
+
+    assert split(tmp_path / "a.txt") == split(tmp_path / "b.txt") == split(tmp_path)
+    train, val, test = split(tmp_path)
+    assert train | val | test == set(lines) and len(train) + len(val) + len(test) == 1000
+    assert 5 < len(val) < 50 and 5 < len(test) < 50
+
+
+def test_text_is_packed_without_loss_and_masked_anew_each_epoch(words, tmp_path):
+    texts = ["unbelievably large dogs", "", "red dogs", "a red circle " * 9]
+    data.pack([("test", "red"), *(("train", text) for text in texts)], words, tmp_path)
+    packed = data.Texts(tmp_path / "train", words, 0)
+    assert len(data.Texts(tmp_path / "val", words, 0)) == 0 and len(data.Texts(tmp_path / "test", words, 0)) == 1
+    stream = []
+    for i in range(len(packed)):
+        sample = packed[0, i]
+        ids = torch.where(sample["labels"] == data.IGNORE, sample["masked"], sample["labels"])
+        inside = ids[sample["mask"]].tolist()
+        assert inside[0] == words.cls and inside[-1] == words.sep and (ids[~sample["mask"]] == words.pad).all()
+        assert sample["mask"].all() or i == len(packed) - 1
+        assert not set(sample["labels"].tolist()) & {words.cls, words.sep, words.pad}
+        stream += inside[1:-1]
+    encode = lambda text: words.tokenizer.encode(text, add_special_tokens=False).ids
+    assert stream == [piece for text in texts if text for piece in (*encode(text), words.sep)]
+    assert torch.equal(packed[0, 0]["masked"], packed[0, 0]["masked"])
+    assert not torch.equal(packed[0, 0]["labels"], packed[1, 0]["labels"])
+
+
+def test_a_piece_without_its_word_is_a_word(words):
+    """Where packing cuts a word in two, its second half stands alone."""
+    inner = words.tokenizer.token_to_id("##s")
+    assert words.inner[inner] and words.words(words.frame([inner, inner])[0]) == [[1, 2]]
+    ids, _ = words.frame([words.tokenizer.token_to_id("dog"), words.sep, inner])
+    assert words.words(ids) == [[1], [3]]
+
+
+def test_data_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG")
+    for captions, says in (
+        (False, "a.txt: is a file; this stage takes images in a folder"),
+        (True, "takes pairs in a"),
+    ):
+        with pytest.raises(data.DataError, match=says):
+            data.read_sources([tmp_path / "a.txt"], "train", 8, captions=captions)
+    with pytest.raises(data.DataError, match="has no captions"):
+        data.read_sources([tmp_path], "train", 8)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(data.DataError, match="no pictures in split train"):
+        data.read_sources([tmp_path / "c"], "train", 8, captions=False)
+    for name, says in (("b.png", "takes plain text"), ("c", r"no \*.txt below"), ("absent", "no such file or folder")):
+        with pytest.raises(data.DataError, match=says):
+            data.text_files([tmp_path / name])
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(data.DataError, match="d.txt: cannot be read as text"):
+        list(data.documents(tmp_path / "d.txt"))

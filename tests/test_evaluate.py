@@ -1,12 +1,18 @@
-"""Recall on matrices written by hand, and retrieval on one and several processes."""
+"""Recall on matrices written by hand, and every measurement on one and several processes."""
+
+import math
+import random
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import data
+import dvae
 import evaluate
-from mome import CONFIGS, VLMo
+import losses
+from mome import CONFIGS, Config, VLMo
 
 YES, NO = True, False
 
@@ -109,3 +115,105 @@ def test_an_unreadable_picture_is_an_error(tmp_path):
     words = data.Words(data.train_tokenizer(["a"], 20), 32)
     with pytest.raises(data.DataError, match="a.png cannot be read"):
         evaluate.retrieval(VLMo(CONFIGS["tiny"]), source, words, "cpu")
+
+
+# ---- Stages image and text -------------------------------------------------------------------------------------------
+
+
+def test_the_nearest_visible_patch_by_hand():
+    codes = torch.arange(9)[None]
+    hidden = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1, 1]]).bool()  # of 3 × 3, patches 2 (above right) and 6 are visible
+    assert evaluate.nearest_visible(codes, hidden).tolist() == [[2, 2, 2, 6, 2, 2, 6, 6, 2]]  # the first of equals
+
+
+class Answers(torch.nn.Module):
+    """Stands in for a model of images: its hidden vectors are the codes that it believes in, one-hot."""
+
+    def __init__(self, believed):
+        super().__init__()
+        self.config, self.believed, self.mask_embedding = Config(image_size=16, patch_size=4), believed, None
+
+    def encode_image(self, image, masked, mask_embedding):
+        one_hot = torch.nn.functional.one_hot(self.believed(image), 4).float()
+        return torch.cat([torch.zeros(len(image), 1, 4), one_hot], dim=1)
+
+    def forward(self, hidden):
+        return hidden.log().clamp(min=math.log(1e-3))
+
+
+class Codes:
+    """Stands in for a dVAE: pictures of the left half have code 0, of the right half 1; one patch in four has 2."""
+
+    config = dvae.DVAEConfig(grid=4, codes=4)
+
+    def encode(self, image):
+        return torch.tensor([0, 0, 1, 2] * 4).expand(len(image), -1)
+
+
+def masked_patches():
+    source = data.Shapes("test", 16, count=30)
+    model = Answers(lambda image: torch.tensor([0, 0, 1, 3] * 4).expand(len(image), -1))
+    return evaluate.masked_patches(model, model, Codes(), source, "cpu")
+
+
+def test_masked_patches_counts_what_is_found(processes):
+    results = masked_patches()
+    masks = torch.stack([data.mask_blocks(4, random.Random(f"mask {i}")) for i in range(30)])
+    codes = Codes().encode(masks)
+    counts = torch.bincount(codes[masks], minlength=4)
+    assert results["masked"] == masks.sum() and results["most frequent"] == pytest.approx(100 * counts[0] / masks.sum())
+    right = counts[0] + counts[1]
+    assert results["accuracy"] == pytest.approx(100 * right / masks.sum()) and 0 < results["accuracy"] < 100
+    wrong = -math.log(1e-3 / (1 + 3e-3)) * counts[2] + math.log(1 + 3e-3) * right
+    assert results["perplexity"] == pytest.approx(math.exp(wrong / masks.sum()), rel=1e-4)
+    near = evaluate.nearest_visible(codes, masks)
+    assert results["nearest visible"] == pytest.approx(100 * (near == codes)[masks].sum() / masks.sum())
+    assert all(answer == pytest.approx(results) for answer in processes(2, masked_patches))
+
+
+class Reader(torch.nn.Module):
+    """Stands in for a model of text that takes every masked token for the one it sees there."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.mlm_head = size, torch.nn.Identity()
+
+    def encode_text(self, text, mask):
+        return 5.0 * torch.nn.functional.one_hot(text, self.size)
+
+
+def masked_words(folder):
+    words = data.Words(data.train_tokenizer(["red red red blue"], 40), 10)
+    data.pack(
+        [("train", "red red red blue")] + [("test", f"red blue {i % 3 * 'red '}") for i in range(150)], words, folder
+    )
+    test, training = (data.Texts(f"{folder}/{split}", words, 0) for split in ("test", "train"))
+    return evaluate.masked_words(Reader(words.size), test, training, "cpu"), test, words
+
+
+def results_alone(folder):
+    folder = f"{folder}/{losses.rank()}"
+    Path(folder).mkdir()
+    return masked_words(folder)[0]
+
+
+def test_masked_words_counts_what_is_found_beside_the_unigrams(tmp_path, processes):
+    results, test, words = masked_words(tmp_path)
+    samples = [test[0, i] for i in range(len(test))]
+    masked, labels = (torch.stack([sample[name] for sample in samples]) for name in ("masked", "labels"))
+    at = labels != data.IGNORE
+    found, labels = (masked == labels)[at], labels[at]
+    red, blue = (words.tokenizer.token_to_id(word) for word in ("red", "blue"))
+    assert results["masked"] == len(labels) and results["accuracy"] == pytest.approx(100 * found.float().mean())
+    loss = math.log(math.exp(5) + words.size - 1) - 5 * found.double()
+    assert results["perplexity"] == pytest.approx(loss.mean().exp().item(), rel=1e-4)
+    assert results["unigram accuracy"] == pytest.approx(100 * (labels == red).float().mean())
+    share = {red: 4 / (4 + words.size), blue: 2 / (4 + words.size)}  # 3 and 1 of 4, one added to each of the vocabulary
+    unigram = -sum(math.log(share[label]) for label in labels.tolist()) / len(labels)
+    assert results["unigram perplexity"] == pytest.approx(math.exp(unigram), rel=1e-4)
+    assert all(answer == pytest.approx(results) for answer in processes(2, results_alone, str(tmp_path)))
+
+
+def test_a_diverged_or_empty_measurement_is_infinite_not_an_error():
+    assert evaluate.perplexity(1e9, 3) == evaluate.perplexity(0.0, 0) == math.inf
+    assert evaluate.perplexity(2 * math.log(3), 2) == pytest.approx(3)

@@ -102,7 +102,7 @@ def test_itm_by_hand_with_a_row_that_was_not_found():
 
 def test_mlm_of_no_token_is_zero_and_has_a_gradient():
     logits = torch.zeros(0, 7, requires_grad=True)
-    loss = losses.mlm_loss(logits, torch.zeros(0, dtype=torch.int64))
+    loss = losses.masked_token_loss(logits, torch.zeros(0, dtype=torch.int64))
     loss.backward()
     assert loss.item() == 0 and logits.grad.shape == (0, 7)
 
@@ -110,7 +110,7 @@ def test_mlm_of_no_token_is_zero_and_has_a_gradient():
 def test_mlm_is_a_mean_over_tokens():
     logits, labels = torch.randn(5, 7), torch.tensor([0, 3, 6, 1, 1])
     expected = torch.nn.functional.cross_entropy(logits, labels)
-    torch.testing.assert_close(losses.mlm_loss(logits, labels), expected)
+    torch.testing.assert_close(losses.masked_token_loss(logits, labels), expected)
 
 
 # ---- One process = many ----------------------------------------------------------------------------------------------
@@ -272,8 +272,8 @@ def test_every_trainable_parameter_gets_a_gradient(active):
         torch.manual_seed(0)
         stage = VisionLanguageStage(VLMo(replace(SMALL, **switches)), active)
         values = stage(batch_of())
-        assert list(values) == [name for name in ("itc", "mlm", "itm") if name in active]
-        sum(values.values()).backward()
+        assert list(values) == [name for name in ("itc", "mlm", "itm") if name in active] + ["scale"]
+        sum(values[name] for name in active).backward()
         for name, parameter in stage.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, (switches, name)
 

@@ -162,7 +162,7 @@ def test_init_starts_from_a_checkpoint(run, tmp_path, monkeypatch):
 def test_accumulated_passes_give_the_mean_of_their_gradients(tmp_path, monkeypatch):
     """MLM alone has no negatives, and equal counts make the mean of means the mean: same step, in one pass or two."""
     flags = [*SMALL, "--steps", 1, "--itc-weight", 0, "--itm-weight", 0, "--log-every", 1, "--clip", 0]
-    same = lambda self, ids, words, rng: (ids, torch.where(torch.arange(len(ids)) == 1, ids, data.IGNORE))
+    same = lambda self, ids, rng: (ids, torch.where(torch.arange(len(ids)) == 1, ids, data.IGNORE))
     monkeypatch.setattr(data.Words, "mask_words", same)
     for passes in (1, 2):
         call(monkeypatch, train, *flags, "--accumulate", passes, "--out", tmp_path / str(passes))
@@ -205,7 +205,7 @@ def test_torchrun_with_two_processes_sees_the_same_data_and_ends_with_one_answer
     for processes in (1, 2):
         answer = command("train.py", "--stage", "vl", *flags, "--out", tmp_path / str(processes), processes=processes)
         assert answer.returncode == 0, answer.stderr
-        assert answer.stdout.count("zero-shot retrieval") == 1
+        assert answer.stdout.count("split test: TR@1") == 1
     alone, both = metrics(tmp_path / "1"), metrics(tmp_path / "2")
     for one, two in zip(alone[:2], both[:2]):
         assert all(one[name] == pytest.approx(two[name], rel=1e-4) for name in ("itc", "mlm", "gradient norm"))
@@ -242,6 +242,192 @@ def test_evaluate_reports_any_checkpoint(run):
     )
 
 
+# ---- The stages before -----------------------------------------------------------------------------------------------
+
+BRIEF = "--batch-size 8 --warmup 2 --log-every 1 --steps 4 --save-every 2".split()
+FIRST = [*BRIEF, *"--stage image --dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8".split()]
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    monkeypatch.setitem(data.SPLITS, "train", 300)
+    monkeypatch.setitem(data.SPLITS, "test", 40)
+    monkeypatch.setitem(train.TINY, "dvae", train.TINY["dvae"] | {"steps": 4, "codes": 8, "batch_size": 7})
+
+
+def chained(folder, monkeypatch, *flags):
+    """A few steps of each stage, each from the one before."""
+    call(monkeypatch, train, *FIRST, *flags, "--out", folder / "image")
+    call(monkeypatch, train, *BRIEF, "--stage", "text", "--init", folder / "image/last.pt", "--out", folder / "text")
+    call(monkeypatch, train, *BRIEF, "--stage", "vl", "--init", folder / "text/last.pt", "--out", folder / "vl")
+    return {stage: runtime.load(folder / stage / "last.pt") for stage in ("image-dvae", "image", "text", "vl")}
+
+
+@pytest.mark.parametrize("flags", ["", "--position relative --layer-scale 0.1 --text-reach 60 --attention separate"])
+def test_stages_follow_each_other(flags, small_world, tmp_path, monkeypatch, capsys):
+    files, said = chained(tmp_path, monkeypatch, *flags.split()), capsys.readouterr().out
+    assert "no --dvae: one is trained first" in said and (tmp_path / "image-dvae/reconstructions-test.png").exists()
+    text_attention = "blocks.*.attention.language, " * ("separate" in flags)  # stays frozen: copied again for stage vl
+    assert [line for line in said.splitlines() if line.startswith("  copied")] == [
+        f"  copied: {text_attention}blocks.*.experts.language, blocks.*.experts.vl",
+        f"  copied: {text_attention}blocks.*.experts.vl",
+    ]
+    assert "  learns: types, " + ("relative_table" if flags else "text_position") + ", words, text_norm, blocks" in said
+    image, text, vl = (files[stage]["model"] for stage in ("image", "text", "vl"))
+    assert not any(name.startswith(("words", "mlm_head", "itc_")) or ".language." in name for name in image)
+    assert (
+        not any(name.startswith(("itc_", "pooler")) or ".vl." in name for name in text) and "mlm_head.0.weight" in text
+    )
+    assert files["image"]["head"].keys() == {"mask_embedding", "classifier.weight", "classifier.bias"}
+    assert files["text"]["head"] == {} and files["text"]["config"]["max_text_len"] == 48
+    assert vl.keys() == train.VLMo(train.Config(**files["vl"]["config"])).state_dict().keys()
+    assert files["vl"]["tokenizer"] == files["text"]["tokenizer"] and files["image"]["tokenizer"] is None
+    for name, tensor in image.items():  # stage text keeps all of it, but for what both modalities share
+        if name not in ("types", "relative_table", "norm.weight", "norm.bias"):
+            assert torch.equal(tensor, text[name]), name
+    assert torch.equal(image["types"][1:], text["types"][1:]) and not torch.equal(image["types"][0], text["types"][0])
+    if "relative" in flags:
+        patches = (2 * 2 - 1) ** 2 + 3  # the image's rows of the table
+        assert torch.equal(image["relative_table"][:patches], text["relative_table"][:patches])
+        assert not torch.equal(image["relative_table"], text["relative_table"])
+
+
+def test_each_stage_measures_itself_beside_plain_guesses(small_world, tmp_path, monkeypatch):
+    chained(tmp_path, monkeypatch)
+    last = {stage: metrics(tmp_path / stage)[-1] for stage in ("image-dvae", "image", "text", "vl")}
+    assert all(entry["split"] == "test" for entry in last.values())
+    assert {"codes", "perplexity", "error"} <= last["image-dvae"].keys() and last["image-dvae"]["codes"] <= 8
+    assert {"accuracy", "perplexity", "nearest visible", "most frequent", "masked"} <= last["image"].keys()
+    assert {"accuracy", "perplexity", "unigram accuracy", "unigram perplexity"} <= last["text"].keys()
+    assert {"codes", "reconstruction", "kl", "images_per_s"} <= metrics(tmp_path / "image-dvae")[0].keys()
+    assert "mim" in metrics(tmp_path / "image")[0] and "texts_per_s" in metrics(tmp_path / "text")[0]
+
+
+@pytest.mark.parametrize("stage", ["dvae", "image", "text"])
+def test_every_stage_resumes_bit_for_bit(stage, small_world, tmp_path, monkeypatch):
+    if stage == "text":
+        call(monkeypatch, train, *FIRST, "--out", tmp_path / "before", "--steps", 1)
+        flags = [*BRIEF, "--stage", "text", "--init", tmp_path / "before/last.pt"]
+    else:
+        flags = [*FIRST, "--drop-path", 0.2] if stage == "image" else [*BRIEF, "--stage", "dvae", "--image-size", 16]
+    call(monkeypatch, train, *flags, "--out", tmp_path / "whole")
+    real = runtime.save
+
+    def dies(path, content):
+        real(path, content)
+        if content["step"] == 2:
+            raise Killed
+
+    monkeypatch.setattr(runtime, "save", dies)
+    for _ in range(2 if stage == "image" else 1):  # stage image dies twice: its dVAE is trained and saved first
+        with pytest.raises(Killed):
+            call(monkeypatch, train, *flags, "--out", tmp_path / "out", "--resume")
+    call(monkeypatch, train, *flags, "--out", tmp_path / "out", "--resume")
+    whole, resumed = (runtime.load(tmp_path / name / "last.pt") for name in ("whole", "out"))
+    for part in ("model", "head"):
+        assert whole[part].keys() == resumed[part].keys()
+        assert all(torch.equal(whole[part][name], resumed[part][name]) for name in whole[part])
+    if stage == "image":
+        assert all(torch.equal(t, resumed["dvae"]["model"][name]) for name, t in whole["dvae"]["model"].items())
+    strip = lambda folder: [{k: v for k, v in entry.items() if not k.endswith("per_s")} for entry in metrics(folder)]
+    assert strip(tmp_path / "whole") == strip(tmp_path / "out")
+
+
+def test_two_processes_train_stages_image_and_text_as_one_does(tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "pictures", count=16)
+    pictures(folder, count=5, split="test")
+    (tmp_path / "a.txt").write_text("\n".join(f"number {i} is followed by number {i + 1}" for i in range(400)))
+    own = ["--data", folder, "--batch-size", 8, "--warmup", 2, "--log-every", 1, "--steps", 3]
+    dvae_flags = ["--stage", "dvae", *own, "--image-size", 16, "--codes", 8, "--out", tmp_path / "dvae"]
+    call(monkeypatch, train, *dvae_flags)
+    flags = {"image": [*FIRST, *own, "--dvae", tmp_path / "dvae/last.pt"]}
+    flags["text"] = [*BRIEF, "--stage", "text", "--data", tmp_path / "a.txt", "--init", tmp_path / "image/last.pt"]
+    for stage in ("image", "text"):
+        call(monkeypatch, train, *flags[stage], "--out", tmp_path / stage)
+        answer = command("train.py", *flags[stage], "--out", tmp_path / f"{stage}-2", processes=2)
+        assert answer.returncode == 0, answer.stderr
+        one, two = metrics(tmp_path / stage), metrics(tmp_path / f"{stage}-2")
+        assert len(one) == len(two) and one[-1]["split"] == two[-1]["split"] == "test"
+        for first, second in zip(one, two):
+            exact = {
+                name: value for name, value in first.items() if name not in ("split", "images_per_s", "texts_per_s")
+            }
+            assert {name: second[name] for name in exact} == pytest.approx(exact, rel=1e-3)
+
+
+def trained(stage, batch, steps=3):
+    """What a stage's optimizer does to a model: (before, after) of every tensor, and whether it was trainable."""
+    before = {name: tensor.clone() for name, tensor in stage.model.state_dict().items()}
+    optimizer = runtime.optimizer(stage, 0.05, (0.9, 0.98))
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    for _ in range(steps):
+        sum(stage(batch)[name] for name in stage.weights).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = stage.model.state_dict()
+    for name, parameter in stage.model.named_parameters():
+        assert (id(parameter) in held) == parameter.requires_grad == (not torch.equal(before[name], after[name])), name
+        assert parameter.requires_grad or parameter.grad is None, name
+    return before, after
+
+
+VARIANTS = [{}, {"position": "relative", "layer_scale": 0.1}, {"attention": "separate"}, {"vl_layers": 0}]
+
+
+@pytest.mark.parametrize("switches", VARIANTS)
+def test_stage_text_trains_the_language_part_and_nothing_else(switches):
+    torch.manual_seed(0)
+    small = dict(dim=24, layers=2, heads=2, vl_layers=1, image_size=16, patch_size=8, vocab_size=30, max_text_len=9)
+    model = train.VLMo(train.Config(**small | switches)).train()
+    image = torch.rand(2, 3, 16, 16)
+    features = lambda: features_before_the_norm(model, image)
+    kept = features()
+    text = torch.randint(5, 30, (4, 9))
+    labels = torch.where(torch.rand(4, 9) < 0.3, text, data.IGNORE)
+    batch = {"masked": text, "labels": labels, "mask": torch.arange(9) < torch.tensor([[9], [9], [7], [5]])}
+    before, after = trained(train.TextStage(model), batch)
+    moved = {train.weights.group(name) for name in before if not torch.equal(before[name], after[name])}
+    positions = "relative_table" if switches.get("position") else "text_position"
+    assert moved == {"words", "text_norm", "types", "norm", "mlm_head", "blocks.*.experts.language", positions}
+    assert torch.equal(features(), kept)  # not a bit of an image's features has changed
+
+
+def features_before_the_norm(model, image):
+    """(B, 1+N, D) after the last block."""
+    norm, model.norm = model.norm, torch.nn.Identity()
+    with torch.no_grad():
+        features = model.encode_image(image)
+    model.norm = norm
+    return features
+
+
+@pytest.mark.parametrize("switches", [*VARIANTS, {"experts": "shared"}])
+def test_stage_image_trains_the_path_of_images_and_nothing_else(switches):
+    torch.manual_seed(0)
+    small = dict(dim=24, layers=2, heads=2, vl_layers=1, image_size=16, patch_size=4, vocab_size=30, max_text_len=9)
+    model = train.VLMo(train.Config(**small | switches)).train()
+    tokenizer = train.dvae.DVAE(train.dvae.DVAEConfig(grid=4, codes=6, width=8))
+    batch = {"image": torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8), "hidden": torch.rand(4, 16) < 0.4}
+    stage = train.ImageStage(model, train.MIMHead(model.config, 6), tokenizer)
+    before, after = trained(stage, batch)
+    groups = train.weights.groups(before)
+    moved = {
+        group
+        for group in groups
+        if group in {train.weights.group(name) for name in before if not torch.equal(before[name], after[name])}
+    }
+    expert, position = (
+        "shared" if switches.get("experts") else "vision",
+        "relative_table" if switches.get("position") else "image_position",
+    )
+    attention = {"blocks.*.attention.shared", "blocks.*.attention.vision"} & set(groups)
+    branches = {"blocks.*.attention_branch", "blocks.*.expert_branch"} & set(groups)
+    path = {"patches", "image_cls", "types", "norm", "blocks.*.norm", position, f"blocks.*.experts.{expert}"}
+    assert moved == path | attention | branches and all(p.grad is None for p in tokenizer.parameters())
+
+
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +457,13 @@ def test_mistakes_are_one_line_and_exit_status_2(run, tmp_path):
         ("--vl-layers 9", "vl_layers must be in 0"),
         ("--vocab absent.txt", "absent.txt cannot be read"),
         ("--init absent.pt", "absent.pt: no such file"),
+        ("--codes 8", "--codes is of stage dvae and image, not of vl"),
+        ("--stage image --itm-weight 0", "--itm-weight is of stage vl, not of image"),
+        ("--stage text --augment crop", "--augment is of stage dvae and image and vl, not of text"),
+        ("--stage text", "stage text keeps the attention of stage image: name its checkpoint with --init"),
+        ("--stage image --data README.md", "README.md: is a file; this stage takes images in a folder"),
+        ("--data tests", "tests: has no captions"),
+        ("--stage image --dvae x.pt --codes 8", "--codes must be at least 2, and does not go with --dvae"),
         ("--data absent", "absent: no such folder"),
     ],
 )
@@ -281,7 +474,7 @@ def test_numbers_and_files_that_do_not_fit_are_refused(flags, says, tmp_path, mo
 
 
 def test_a_checkpoint_of_another_shape_is_refused(run, tmp_path, monkeypatch):
-    with pytest.raises(runtime.UserError, match="is of another shape: .* there and .* here"):
+    with pytest.raises(runtime.UserError, match="last.pt has dim 32, and this run 64: leave the flags"):
         call(monkeypatch, train, *SMALL, "--dim", 64, "--init", run / "last.pt", "--out", tmp_path / "out")
 
 
@@ -293,11 +486,43 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(run, tmp_path, monkey
     runtime.save(tmp_path / "other.pt", content | {"config": content["config"] | {"rotary": True}})
     with pytest.raises(runtime.UserError, match="not one of this version: .*rotary"):
         call(monkeypatch, train, *SMALL, "--out", tmp_path / "out", "--init", tmp_path / "other.pt")
-    with pytest.raises(runtime.UserError, match="--vocab does not go with --init"):
-        call(monkeypatch, train, "--out", tmp_path / "out", "--init", run / "last.pt", "--vocab", "vocab.txt")
+    (tmp_path / "vocab.txt").write_text("\n".join([*data.SPECIAL, "red"]))
+    with pytest.raises(runtime.UserError, match="vocab.txt is not the vocabulary that .*last.pt was trained with"):
+        call(
+            monkeypatch, train, "--out", tmp_path / "out", "--init", run / "last.pt", "--vocab", tmp_path / "vocab.txt"
+        )
     (tmp_path / "file").write_text("")
     with pytest.raises(runtime.UserError, match="--out .*file: File exists"):
         call(monkeypatch, train, *SMALL, "--out", tmp_path / "file")
+
+
+def test_checkpoints_of_the_wrong_stage_are_refused(run, small_world, tmp_path, monkeypatch):
+    call(monkeypatch, train, *FIRST, "--steps", 1, "--out", tmp_path / "image")
+    tokenizer, image, out = tmp_path / "image-dvae/last.pt", tmp_path / "image/last.pt", ["--out", tmp_path / "out"]
+    shared, other = runtime.load(image), runtime.load(tokenizer)
+    runtime.save(tmp_path / "other.pt", other | {"model": {name: t + 1 for name, t in other["model"].items()}})
+    (tmp_path / "image-2").mkdir()
+    runtime.save(tmp_path / "image-2" / "last.pt", shared | {"step": 4})
+    runtime.save(tmp_path / "shared.pt", shared | {"config": shared["config"] | {"experts": "shared"}})
+    for flags, says in [
+        ([*FIRST, "--dvae", image], "last.pt holds a model of stage image, where a dVAE is needed"),
+        ([*FIRST, "--dvae", tokenizer, "--patch-size", 4], "2 × 2 codes an image, the model 4 × 4 patches"),
+        ([*BRIEF, "--init", tokenizer], "last.pt holds a dVAE, where a model is needed"),
+        ([*BRIEF, "--init", image, "--config", "base"], "has dim 32, and this run 768"),
+        ([*BRIEF, "--stage", "text", "--init", image, "--data", tmp_path], r"there is no \*.txt below"),
+        ([*BRIEF, "--stage", "text", "--init", tmp_path / "shared.pt"], "--experts shared has none"),
+        ([*BRIEF, "--out", tmp_path / "image", "--resume"], "is of stage image: give stage vl another --out"),
+        ([*BRIEF, "--stage", "image", "--init", image, "--codes", 9], "--codes: .* was trained with 8"),
+        ([*FIRST, "--out", tmp_path / "image", "--resume", "--dvae", tmp_path / "other.pt"], "is not the one that"),
+        ([*FIRST, "--steps", 1, "--out", tmp_path / "image-2", "--resume"], "is of step 4: --steps 1 lies behind it"),
+        ([*BRIEF, "--stage", "text", "--init", image, "--max-text-len", 2], "at least 3"),
+        ([*BRIEF, "--init", run / "last.pt", "--vocab-size", 9], "--vocab-size: .* which stays"),
+    ]:
+        with pytest.raises((runtime.UserError, data.DataError), match=says):
+            call(monkeypatch, train, *out, *flags)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(runtime.UserError, match=r"stage image\) never learned ITC, which retrieval needs"):
+        call(monkeypatch, train.evaluate, "--checkpoint", image)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ def test_a_relative_table_is_resampled_for_another_resolution():
         ({"experts": "shared"}, None, "has experts shared"),
         ({"vl_layers": 2}, None, "x.pt has blocks.1.experts.vl.* is --vl-layers another"),
         ({"vocab_size": 60}, None, r"words.weight is \(60, 24\) there and \(50, 24\) here"),
-        ({"layer_scale": 0.1}, None, "gamma"),
+        ({"layer_scale": 0.1}, None, "x.pt has layer_scale 0.1, and this run 0.0"),
         ({}, "blocks.1.norm.weight", "lacks blocks.1.norm.weight"),
         ({}, "blocks.0.experts.language.fc1.bias", "lacks blocks.0.experts.language.fc1.bias"),
         ({}, "image_cls", "lacks image_cls"),
@@ -134,7 +134,9 @@ def test_what_is_saved_is_what_was_taken_and_what_learns():
     model = VLMo(SMALL).requires_grad_(False)
     model.blocks[0].experts["language"].fc1.bias.requires_grad_(True)
     saved = weights.learned(model, ["words"])
-    assert set(weights.groups(saved)) == {"words", "blocks.*.experts.language"}
+    always = set(weights.groups(model.state_dict())) - weights.OPTIONAL
+    assert set(weights.groups(saved)) == {"words", "blocks.*.experts.language"} | always
+    assert not {"mlm_head", "itc_text", "blocks.*.experts.vl"} & always and "blocks.*.experts.vision" in always
     assert {name.split(".")[1] for name in saved if name.startswith("blocks")} == {"0", "1", "2"}  # whole groups
 
 
