@@ -47,7 +47,7 @@ LARGE = {"text": {"steps": 200_000}, "vl": {"lr": 5e-5}}
 TINY = {
     "dvae": {"batch_size": 32, "steps": 400, "warmup": 50, "lr": 3e-3, "codes": 256},
     "image": {"batch_size": 64, "steps": 600, "warmup": 60, "lr": 1e-3},
-    "text": {"batch_size": 64, "steps": 1500, "warmup": 75, "lr": 1e-3, "max_text_len": 48},
+    "text": {"batch_size": 64, "steps": 1000, "warmup": 75, "lr": 1e-3, "max_text_len": 48},
     "vl": {"batch_size": 64, "steps": 750, "warmup": 75, "lr": 1e-3},
 }
 
@@ -78,9 +78,9 @@ class DVAEStage(nn.Module):
 
     progress = 0.0  # the share of training that is done; the loop keeps it
 
-    def __init__(self, model):
+    def __init__(self, model, kl_weight):
         super().__init__()
-        self.model, self.head, self.weights = model, nn.Module(), {"reconstruction": 1.0, "kl": 0.01}
+        self.model, self.head, self.weights = model, nn.Module(), {"reconstruction": 1.0, "kl": kl_weight}
 
     def forward(self, batch):
         pixels, reconstruction, logits = self.model(batch["image"], dvae.temperature(self.progress))
@@ -247,7 +247,7 @@ class Job(NamedTuple):
 
 def set_up_dvae(args, here, config, start):
     image_size, grid = config.image_size, config.image_size // config.patch_size
-    sources = read_sources(args, image_size, captions=False)
+    sources = read_splits(args, image_size, captions=False)
     runtime.seed_all(args.seed)
     model = dvae.DVAE(dvae.DVAEConfig(grid, args.codes, width=128 if args.config == "tiny" else 256))
     if start:
@@ -260,11 +260,11 @@ def set_up_dvae(args, here, config, start):
         return evaluate.codebook(model, sources[split], image_size, here.device)
 
     samples = images(args, sources["train"], image_size, None)
-    return Job(DVAEStage(model), samples, "images", model.config, None, {}, measured(sources), measure)
+    return Job(DVAEStage(model, args.kl_weight), samples, "images", model.config, None, {}, measured(sources), measure)
 
 
 def set_up_image(args, here, config, start):
-    sources, side = read_sources(args, config.image_size, captions=False), config.image_size // config.patch_size
+    sources, side = read_splits(args, config.image_size, captions=False), config.image_size // config.patch_size
     model, taken = build(args, here, config, start)
     tokenizer, known = image_tokenizer(args, here, config, start)
     if tokenizer.config.grid != side:
@@ -272,6 +272,7 @@ def set_up_image(args, here, config, start):
         raise runtime.UserError(
             f"--dvae {args.dvae} has {grids}: train one with the same --image-size and --patch-size"
         )
+    runtime.seed_all(args.seed, 1)  # the same head, whether a dVAE was trained just now or not
     head = MIMHead(config, tokenizer.config.codes)
     if known:
         weights.load_exactly(head, start.content["head"], start.path)
@@ -334,7 +335,7 @@ def set_up_text(args, here, config, start):
 
 
 def set_up_vl(args, here, config, start):
-    sources = read_sources(args, config.image_size, captions=True)
+    sources = read_splits(args, config.image_size, captions=True)
     tokenizer = make_tokenizer(args, here, start, sources["train"].corpus, config.vocab_size)
     config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
     words = data.Words(tokenizer, config.max_text_len)
@@ -381,7 +382,7 @@ def build(args, here, config, start):
     return model, how
 
 
-def read_sources(args, image_size, captions):
+def read_splits(args, image_size, captions):
     """{split: source}: train, test if --data has it, and val if it is asked for."""
     splits = ["train", "test"] + ["val"] * bool(args.eval_every)
     read = lambda split: data.read_sources(args.data, split, image_size, needed=split == "train", captions=captions)
@@ -424,7 +425,14 @@ def make_tokenizer(args, here, start, corpus, size):
 
 # Flags that only some stages read.
 PICTURES, MODELS, TEXT, PAIRS = ("dvae", "image", "vl"), ("image", "text", "vl"), ("text", "vl"), ("vl",)
-ONLY = {"dvae": ("image",), "codes": ("dvae", "image"), "vocab": TEXT, "vocab_size": TEXT, "max_text_len": TEXT}
+ONLY = {
+    "dvae": ("image",),
+    "codes": ("dvae", "image"),
+    "kl_weight": ("dvae", "image"),
+    "vocab": TEXT,
+    "vocab_size": TEXT,
+    "max_text_len": TEXT,
+}
 ONLY |= dict.fromkeys(("augment", "flip"), PICTURES) | dict.fromkeys(("init", "compile"), MODELS)
 ONLY |= dict.fromkeys(("itc_weight", "itm_weight", "mlm_weight", "negatives"), PAIRS)
 ONLY |= {
@@ -476,6 +484,7 @@ def parse():
     group.add_argument("--itc-weight", type=float, default=1.0, metavar="W", help="0 drops the loss (default 1)")
     group.add_argument("--itm-weight", type=float, default=1.0, metavar="W", help="(default 1)")
     group.add_argument("--mlm-weight", type=float, default=0.25, metavar="W", help="(default 0.25)")
+    group.add_argument("--kl-weight", type=float, default=0.002, metavar="W", help="of a new dVAE (default 0.002)")
     group.add_argument("--negatives", choices=["global", "local"], default="global", help="hard negatives: Table 6")
 
     group = parser.add_argument_group("speed")
@@ -527,7 +536,7 @@ def check(args, here):
     if args.codes is not None and (args.codes < 2 or args.dvae):
         raise runtime.UserError("--codes must be at least 2, and does not go with --dvae, whose codebook has a size")
     factors = (args.itc_weight, args.itm_weight, args.mlm_weight)
-    if not all(math.isfinite(value) and value >= 0 for value in (args.lr, args.clip, *factors)):
+    if not all(math.isfinite(value) and value >= 0 for value in (args.lr, args.clip, args.kl_weight, *factors)):
         raise runtime.UserError("--lr, --clip and the losses' weights must be finite and not negative")
     if not any(factors):
         raise runtime.UserError("the losses' weights must not all be 0")
@@ -663,7 +672,8 @@ def train(args, here):
         files = here.mean(torch.tensor(float(len(unreadable.files)), device=here.device)) * here.world
         rate = {f"{job.unit}_per_s": args.batch_size * len(rows) / seconds}
         metrics.write(step=step, **values, lr=optimizer.param_groups[0]["lr"], **rate, unreadable=round(files))
-        bar.set_postfix({name: f"{value:.2f}" for name, value in values.items()}, refresh=False)
+        shown = [*stage.weights, "gradient norm"]
+        bar.set_postfix({name: f"{values[name]:.2f}" for name in shown}, refresh=False)
         history.clear()
 
     def measure(split, step):

@@ -458,6 +458,7 @@ def test_mistakes_are_one_line_and_exit_status_2(run, tmp_path):
         ("--vocab absent.txt", "absent.txt cannot be read"),
         ("--init absent.pt", "absent.pt: no such file"),
         ("--codes 8", "--codes is of stage dvae and image, not of vl"),
+        ("--stage image --kl-weight nan", "must be finite and not negative"),
         ("--stage image --itm-weight 0", "--itm-weight is of stage vl, not of image"),
         ("--stage text --augment crop", "--augment is of stage dvae and image and vl, not of text"),
         ("--stage text", "stage text keeps the attention of stage image: name its checkpoint with --init"),
