@@ -85,7 +85,9 @@ def retrieval(model, source, words, device, batch=64):
 
 def line(results):
     """{name: number} in a line."""
-    return ", ".join(f"{name} {value:.4g}" for name, value in results.items())
+    return ", ".join(
+        f"{name} {value:.4g}" if value < 1000 else f"{name} {value:.0f}" for name, value in results.items()
+    )
 
 
 # ---- What the stages before are measured by --------------------------------------------------------------------------
@@ -121,9 +123,9 @@ def nearest_visible(codes, hidden):
 
 @torch.no_grad()
 def masked_patches(model, head, dvae, source, device):
-    """Stage image on all pictures of a source, a mask each: the share of hidden visual tokens (in percent) that the
-    model finds, its perplexity, and the share that two guesses find: the most frequent of all hidden codes, and the
-    code of the nearest visible patch. The same numbers for any number of processes."""
+    """Stage image on the pictures of a source (10,000 at most), a mask each: the share of hidden visual tokens (in
+    percent) that the model finds, its perplexity, and the share that two guesses find: the most frequent of all hidden
+    codes, and the code of the nearest visible patch. The same numbers for any number of processes."""
     model.eval()
     side, K = dvae.config.grid, dvae.config.codes
     count, hits, near, loss = torch.zeros(4, dtype=torch.float64, device=device)
@@ -147,8 +149,9 @@ def masked_patches(model, head, dvae, source, device):
 
 @torch.no_grad()
 def masked_words(model, texts, training, device):
-    """Stage text on data.Texts `texts`: the share of masked tokens (in percent) that the model finds, its perplexity,
-    and those of the unigram distribution of the tokens of data.Texts `training` (of 10 M at most, one added each)."""
+    """Stage text on data.Texts `texts` (10,000 at most): the share of masked tokens (in percent) that the model finds,
+    its perplexity, and those of the unigram distribution of the tokens of data.Texts `training` (of 10 M at most, one
+    added each). The same numbers for any number of processes."""
     model.eval()
     words = texts.words
     seen = torch.from_numpy(np.bincount(training.tokens[: 10**7], minlength=words.size)).double().to(device)
@@ -171,8 +174,8 @@ def masked_words(model, texts, training, device):
 
 @torch.no_grad()
 def codebook(dvae, source, image_size, device):
-    """A dVAE on all pictures of a source: the codes that serve, their perplexity, and the mean squared error of
-    reconstructions from codes alone (pixels in −1 … 1). The same numbers for any number of processes."""
+    """A dVAE on the pictures of a source (10,000 at most): the codes that serve, their perplexity, and the mean squared
+    error of reconstructions from codes alone (pixels in −1 … 1). The same numbers for any number of processes."""
     dvae.eval()
     seen = torch.zeros(dvae.config.codes, dtype=torch.float64, device=device)
     error = torch.zeros((), dtype=torch.float64, device=device)
