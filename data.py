@@ -402,13 +402,12 @@ def read_sources(data, split, image_size, seed=0, needed=True, captions=True):
         return Shapes(split, image_size, seed)
     records, by_text, named = [], True, "train.jsonl, dataset_coco.json or dataset_flickr30k.json"
     for folder in data:
-        if not Path(folder).is_dir():
-            wrong = (
-                f"is a file; this stage takes {'pairs' if captions else 'images'} in a"
-                if Path(folder).exists()
-                else "no such"
+        if Path(folder).is_file():
+            raise DataError(
+                f"--data {folder}: is a file; this stage takes {'pairs' if captions else 'images'} in a folder"
             )
-            raise DataError(f"--data {folder}: {wrong} folder")
+        if not Path(folder).is_dir():
+            raise DataError(f"--data {folder}: no such folder")
         if found := find_split(folder, split):
             records.append(found[1](found[0], split))
             by_text = by_text and found[1] is read_manifest

@@ -197,10 +197,8 @@ def load(path):
     except DAMAGED as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError(f"{path} is not a checkpoint of this project, or is damaged ({reason})") from None
-    lacks = {"stage", "step", "args", "config", "model", "tokenizer"} - (
-        content.keys() if type(content) is dict else set()
-    )
-    if lacks:
+    has = content.keys() if isinstance(content, dict) else ()
+    if lacks := {"stage", "step", "args", "config", "model", "tokenizer"}.difference(has):
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(sorted(lacks))}")
     return content
 
