@@ -38,14 +38,22 @@ from mome import CONFIGS, Config, MIMHead, VLMo
 # Per stage and config: what the papers publish (Section 4.1, Appendix B; stage image: BEiT's 800 epochs of ImageNet-1k;
 # for a small dVAE nothing is), and what suits the tiny one on two CPU cores.
 PAPER = {
-    "dvae": {"batch_size": 512, "steps": 20_000, "warmup": 1000, "lr": 1e-3, "clip": 1.0, "codes": 8192},
+    "dvae": {
+        "batch_size": 512,
+        "steps": 20_000,
+        "warmup": 1000,
+        "lr": 1e-3,
+        "clip": 1.0,
+        "codes": 8192,
+        "kl_weight": 0.002,
+    },
     "image": {"batch_size": 2048, "steps": 500_000, "warmup": 10_000, "lr": 1.5e-3, "clip": 3.0},
     "text": {"batch_size": 1024, "steps": 500_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0, "max_text_len": 196},
     "vl": {"batch_size": 1024, "steps": 200_000, "warmup": 2500, "lr": 2e-4, "clip": 0.0},
 }
 LARGE = {"text": {"steps": 200_000}, "vl": {"lr": 5e-5}}
 TINY = {
-    "dvae": {"batch_size": 32, "steps": 400, "warmup": 50, "lr": 3e-3, "codes": 256},
+    "dvae": {"batch_size": 32, "steps": 400, "warmup": 50, "lr": 3e-3, "codes": 256, "kl_weight": 0.002},
     "image": {"batch_size": 64, "steps": 600, "warmup": 60, "lr": 1e-3},
     "text": {"batch_size": 64, "steps": 1000, "warmup": 75, "lr": 1e-3, "max_text_len": 48},
     "vl": {"batch_size": 64, "steps": 750, "warmup": 75, "lr": 1e-3},
@@ -364,7 +372,8 @@ def small_dvae(args, here, config):
     defaults = {name: value for name, value in recipe("dvae", args.config).items() if name != "save_every"}
     batch = -(-defaults["batch_size"] // here.world) * here.world
     own = {"stage": "dvae", "out": folder, "init": None, "eval_every": 0, "accumulate": 1, "compile": False}
-    own |= {"image_size": config.image_size, "patch_size": config.patch_size, "codes": args.codes or defaults["codes"]}
+    own |= {"image_size": config.image_size, "patch_size": config.patch_size}
+    own |= {flag: vars(args)[flag] for flag in ("codes", "kl_weight") if vars(args)[flag] is not None}
     return train(argparse.Namespace(**vars(args) | defaults | own | {"batch_size": batch}), here)
 
 
@@ -484,7 +493,7 @@ def parse():
     group.add_argument("--itc-weight", type=float, default=1.0, metavar="W", help="0 drops the loss (default 1)")
     group.add_argument("--itm-weight", type=float, default=1.0, metavar="W", help="(default 1)")
     group.add_argument("--mlm-weight", type=float, default=0.25, metavar="W", help="(default 0.25)")
-    group.add_argument("--kl-weight", type=float, default=0.002, metavar="W", help="of a new dVAE (default 0.002)")
+    group.add_argument("--kl-weight", type=float, metavar="W", help="of a new dVAE (default 0.002)")
     group.add_argument("--negatives", choices=["global", "local"], default="global", help="hard negatives: Table 6")
 
     group = parser.add_argument_group("speed")
@@ -533,10 +542,12 @@ def check(args, here):
         raise runtime.UserError("--batch-size, --accumulate, --steps, --save-every and --log-every must be at least 1")
     if min(args.seed, args.warmup, args.eval_every, args.workers or 0) < 0:
         raise runtime.UserError("--seed, --warmup, --eval-every and --workers must not be negative")
-    if args.codes is not None and (args.codes < 2 or args.dvae):
-        raise runtime.UserError("--codes must be at least 2, and does not go with --dvae, whose codebook has a size")
+    if args.dvae and (args.codes, args.kl_weight) != (None, None):
+        raise runtime.UserError("--codes and --kl-weight are of a new dVAE: they do not go with --dvae")
+    if args.codes is not None and args.codes < 2:
+        raise runtime.UserError("--codes must be at least 2")
     factors = (args.itc_weight, args.itm_weight, args.mlm_weight)
-    if not all(math.isfinite(value) and value >= 0 for value in (args.lr, args.clip, args.kl_weight, *factors)):
+    if not all(math.isfinite(value) and value >= 0 for value in (args.lr, args.clip, args.kl_weight or 0, *factors)):
         raise runtime.UserError("--lr, --clip and the losses' weights must be finite and not negative")
     if not any(factors):
         raise runtime.UserError("the losses' weights must not all be 0")

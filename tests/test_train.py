@@ -476,7 +476,9 @@ def test_mistakes_are_one_line_and_exit_status_2(run, tmp_path):
         ("--stage text", "stage text keeps the attention of stage image: name its checkpoint with --init"),
         ("--stage image --data README.md", "README.md: is a file; this stage takes images in a folder"),
         ("--data tests", "tests: has no captions"),
-        ("--stage image --dvae x.pt --codes 8", "--codes must be at least 2, and does not go with --dvae"),
+        ("--stage image --dvae x.pt --codes 8", "they do not go with --dvae"),
+        ("--stage image --dvae x.pt --kl-weight 0.1", "they do not go with --dvae"),
+        ("--stage image --codes 1", "--codes must be at least 2"),
         ("--data absent", "absent: no such folder"),
     ],
 )
