@@ -1,4 +1,5 @@
-"""The pre-training losses of Section 3.3 as functions of tensors, and what they need of the other processes.
+"""The losses of pre-training (Section 3.3) and fine-tuning as functions of tensors, and what they need of the other
+processes.
 
 Shape letters: b local batch, W processes, B = W·b global batch, D dim, V vocabulary, M masked tokens.
 
@@ -148,3 +149,16 @@ def masked_token_loss(logits, labels):
     logits (M, V), labels (M,) int64; M may differ between processes and be 0.
     """
     return global_mean(F.cross_entropy(logits, labels, reduction="sum"), len(labels))
+
+
+# ---- Fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+def answer_loss(logits, scores):
+    """VQA: binary cross-entropy against soft scores, summed over the A answers, mean over questions. Both (b, A)."""
+    return F.binary_cross_entropy_with_logits(logits, scores, reduction="none").sum(1).mean()
+
+
+def class_loss(logits, labels):
+    """NLVR2 and image classification: cross-entropy. logits (b, C), labels (b,) int64."""
+    return F.cross_entropy(logits, labels)

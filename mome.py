@@ -325,5 +325,54 @@ class MIMHead(nn.Module):
         return self.classifier(hidden)
 
 
+def classifier(inputs, hidden, classes):
+    """The head of VQA and NLVR2, as released: (n, inputs) → logits (n, classes)."""
+    head = nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))
+    return head.apply(initialise)
+
+
+class VQA(nn.Module):
+    """Visual question answering: the fusion encoder, and a classifier of [T_CLS] over A answers (Section 4.3)."""
+
+    def __init__(self, model, answers):
+        super().__init__()
+        D = model.config.dim
+        self.model, self.head = model, classifier(D, 2 * D, answers)
+
+    def forward(self, batch):
+        """batch: image (B, 3, S, S), text, mask (B, T) → logits (B, A)."""
+        hidden = self.model.encode_pair(batch["text"], batch["mask"], batch["image"], rows=1)
+        return self.head(self.model.pool(hidden))
+
+
+class NLVR2(nn.Module):
+    """Visual reasoning: two pairs, of the statement and one image each; a classifier of both [T_CLS] (Section 4.3)."""
+
+    def __init__(self, model, classes=2):
+        super().__init__()
+        D = model.config.dim
+        self.model, self.head = model, classifier(2 * D, 2 * D, classes)
+
+    def forward(self, batch):
+        """batch: image (B, 2, 3, S, S), left and right; text, mask (B, T) → logits (B, 2), class 1 = true."""
+        pooled = []
+        for image_type, image in enumerate(batch["image"].unbind(1), start=1):
+            hidden = self.model.encode_pair(batch["text"], batch["mask"], image, image_type, rows=1)
+            pooled.append(self.model.pool(hidden))  # (B, D)
+        return self.head(torch.cat(pooled, dim=1))
+
+
+class Classifier(nn.Module):
+    """Image classification with the vision experts alone (Table 3): the mean of the patches, as in BEiT."""
+
+    def __init__(self, model, classes):
+        super().__init__()
+        self.model, self.head = model, nn.Linear(model.config.dim, classes).apply(initialise)
+
+    def forward(self, batch):
+        """batch: image (B, 3, S, S) → logits (B, C)."""
+        return self.head(self.model.encode_image(batch["image"])[:, 1:].mean(1))
+
+
 def unit(x):
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
