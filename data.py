@@ -1,14 +1,14 @@
 """Pairs, images and text: WordPiece, masking, augmentation, data sets on disk, and the built-in world of shapes.
 
-A *source* is a collection of pictures with captions: `len(source)`, `source.image(i)` (RGB), `source.captions(i)` (list
-of str), `source.item(i)` (str; pictures of one item are no negatives of each other), `source.path(i)` (names it in
-messages), `source.corpus()` (captions to train a vocabulary on), and `source.by_text`: in retrieval a caption is right
-for every picture that has it; False: for the picture it was written for alone. Folders of images have no captions.
+A *source* has `len(source)`; `source[i]`, what is known of sample i: a Picture, Question, Statement or Labelled;
+and `source.image(i)`, RGB, or a pair of images. Sources with captions also have `source.corpus()`, text to train a
+vocabulary on, and `source.by_text`: in retrieval a caption is right for every picture that has it; False: for its own.
 Every random choice about a sample is a function of (seed, epoch, index): workers may come and go.
 
 Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP], S side of a square image in pixels.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -17,7 +17,9 @@ import json
 import math
 import os
 import random
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the loader's forks
 
@@ -32,6 +34,10 @@ IGNORE = -100  # a label that is not predicted
 
 class DataError(Exception):
     """Data that cannot be used: one line that says which and why."""
+
+
+class Unreadable(DataError):
+    """An image file that cannot be read."""
 
 
 # ---- Text: WordPiece and whole-word masking (Sections 3.1, 3.3) ------------------------------------------------------
@@ -150,25 +156,22 @@ GRAY = (128, 128, 128)
 
 
 def read_image(path):
-    """RGB; what is transparent shows white."""
-    with Image.open(path) as image:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
-def read_or_refuse(source, i):
-    """For evaluation: picture i of a source; DataError, with its path, if it cannot be read."""
+    """RGB; what is transparent shows white. Unreadable, with the path, if it is no image."""
     try:
-        return source.image(i)
+        with Image.open(path) as image:
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
     except UNREADABLE as error:
-        raise DataError(f"{source.path(i)} cannot be read: {error}") from None
+        raise Unreadable(f"{path} cannot be read: {error}") from None
 
 
-def to_tensor(image):
-    """RGB image → uint8 (3, S, S)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+def to_tensor(image, view=lambda image: image):
+    """RGB image → uint8 (3, S, S) of view(image); a pair of images → (2, 3, S, S)."""
+    if isinstance(image, tuple):
+        return torch.stack([to_tensor(one, view) for one in image])
+    return torch.from_numpy(np.array(view(image))).permute(2, 0, 1).contiguous()
 
 
 def resize(image, size):
@@ -257,36 +260,37 @@ def mask_blocks(side, rng):
 # ---- Sources on disk -------------------------------------------------------------------------------------------------
 
 
-class Records:
-    """A source on disk: one JSON line a picture in one array of bytes, which forked workers share without copying."""
+class Picture(NamedTuple):
+    """With captions, or none; pictures of one item are no negatives of each other."""
 
-    def __init__(self, records, by_text=True):
-        """records: iterable of (image path, captions, item)."""
-        self.by_text = by_text
-        lines = [json.dumps([str(path), captions, item]).encode() for path, captions, item in records]
+    image: str  # the path
+    captions: list
+    item: str
+
+
+class Records:
+    """A source on disk, of records of one kind: one JSON line each in one array of bytes, which forked workers share
+    without copying. Their `image` is a path, or a pair of paths."""
+
+    def __init__(self, kind, records, by_text=True):
+        self.kind, self.by_text = kind, by_text
+        lines = [json.dumps(record, default=str).encode() for record in records]
         self.ends = np.cumsum([0] + [len(line) for line in lines])
         self.bytes = np.frombuffer(b"".join(lines), dtype=np.uint8)
 
     def __len__(self):
         return len(self.ends) - 1
 
-    def record(self, i):
-        return json.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes())
-
-    def path(self, i):
-        return self.record(i)[0]
+    def __getitem__(self, i):
+        return self.kind(*json.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes()))
 
     def image(self, i):
-        return read_image(self.path(i))
-
-    def captions(self, i):
-        return self.record(i)[1]
-
-    def item(self, i):
-        return self.record(i)[2]
+        path = self[i].image
+        return read_image(path) if isinstance(path, str) else tuple(map(read_image, path))
 
     def corpus(self):
-        return [caption for i in range(len(self)) for caption in self.captions(i)]
+        captions = (lambda record: record.captions) if self.kind is Picture else (lambda record: [record.text])
+        return [text for i in range(len(self)) for text in captions(self[i])]
 
 
 def read_json(path, text=None, where=None):
@@ -307,17 +311,21 @@ def check_captions(captions, where):
     return captions
 
 
-def read_manifest(path, split):
-    """{"image": path below the manifest's folder, "captions": [str, …], "item": optional}, one a line."""
+def json_lines(path):
+    """(where, value) of each line that is not blank."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        entry = read_json(path, line, where)
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, read_json(path, line, where)
+
+
+def read_manifest(path, split):
+    """{"image": path below the manifest's folder, "captions": [str, …], "item": optional}, one a line."""
+    for where, entry in json_lines(path):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise DataError(f'{where}: needs {{"image": path, "captions": [text, …]}}')
         item, file = entry.get("item"), Path(path).parent / entry["image"]
@@ -386,10 +394,15 @@ def find_images(folder, split):
         yield from ((path, [], path) for path in files if dealt(os.path.relpath(path, folder)) == split)
 
 
-def missing_files(paths):
-    """Those of the paths that do not exist, asking each folder once."""
+def refuse_missing(source, split):
+    """DataError that names the images of a source that do not exist; each folder is asked once."""
     present = functools.cache(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
-    return [path for path in paths if os.path.basename(path) not in present(os.path.dirname(path) or ".")]
+    images = (source[i].image for i in range(len(source)))
+    paths = dict.fromkeys(path for image in images for path in ([image] if isinstance(image, str) else image))
+    missing = [path for path in paths if os.path.basename(path) not in present(os.path.dirname(path) or ".")]
+    if missing:
+        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise DataError(f"{len(missing)} of the {len(paths)} images of split {split} are missing: {names}")
 
 
 def read_sources(data, split, image_size, seed=0, needed=True, captions=True):
@@ -415,14 +428,230 @@ def read_sources(data, split, image_size, seed=0, needed=True, captions=True):
             records.append(find_images(folder, split))
         elif needed:
             raise DataError(f"--data {folder}: has no captions: no {named.replace('train', split)}")
-    source = Records(itertools.chain.from_iterable(records), by_text)
+    source = Records(Picture, itertools.chain.from_iterable(records), by_text)
     if not len(source) and needed:
         raise DataError(f"--data {' '.join(map(str, data))}: no pictures in split {split}")
-    missing = missing_files([source.path(i) for i in range(len(source))])
-    if missing:
-        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise DataError(f"{len(missing)} of the {len(source)} images of split {split} are missing: {names}")
+    refuse_missing(source, split)
     return source if len(source) else None
+
+
+# ---- The downstream tasks on disk (Section 4) ------------------------------------------------------------------------
+
+
+class Absent(DataError):
+    """Data without the split that was asked for."""
+
+
+class Question(NamedTuple):
+    """Of VQA 2.0. The last three are None where they are not published (test2015)."""
+
+    image: str
+    text: str
+    id: int
+    answers: list  # of the ten annotators
+    majority: str  # the most frequent one
+    kind: str  # "yes/no", "number" or "other"
+
+
+VQA = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
+
+
+def read_questions(folder, split):
+    """A split of VQA 2.0, as downloaded and unpacked into one folder; of its val2014 "minival" has a fiftieth of the
+    images, and "trainval" the rest beside train2014. DataError where the files do not fit together."""
+    if split == "minival":
+        yield from (record for record in read_questions(folder, "val") if dealt(record[0].name) == "val")
+    elif split == "trainval":
+        yield from read_questions(folder, "train")
+        yield from (record for record in read_questions(folder, "val") if dealt(record[0].name) != "val")
+    else:
+        yield from join_answers(*read_vqa(folder, VQA[split]))
+
+
+def read_vqa(folder, subset):
+    """→ file of the questions, [(image path, question, id)], file of the annotations, {id: (answers, majority, type)},
+    or None where there is no such file."""
+    path = Path(folder, f"v2_OpenEnded_mscoco_{subset}_questions.json")
+    answers = Path(folder, f"v2_mscoco_{subset}_annotations.json")
+    images = subset.replace("-dev", "")
+    root = first_with(images, folder)
+    questions, known = [], {} if answers.exists() else None
+    for where, entry in listed(path, "questions"):
+        try:
+            image, text, id = entry["image_id"], entry["question"], entry["question_id"]
+            questions.append((root / f"COCO_{images}_{image:012d}.jpg", text, id))
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{where}: needs image_id (a number), question and question_id") from None
+        if not isinstance(text, str) or not isinstance(id, int):
+            raise DataError(f"{where}: question must be a text and question_id a number")
+    for where, entry in listed(answers, "annotations") if answers.exists() else ():
+        try:
+            id, given = entry["question_id"], [answer["answer"] for answer in entry["answers"]]
+            known[id] = given, entry["multiple_choice_answer"], entry["answer_type"]
+        except (KeyError, TypeError):
+            needs = "question_id, answers, multiple_choice_answer and answer_type"
+            raise DataError(f"{where}: needs {needs}") from None
+        if not given or not all(isinstance(text, str) for text in (*given, *known[id][1:])):
+            raise DataError(f"{where}: answers, multiple_choice_answer and answer_type must be texts")
+    return path, questions, answers, known
+
+
+def join_answers(path, questions, answers, known):
+    """Records of Questions. DataError for an id that comes twice, or is in one of the two files alone."""
+    seen = set()
+    for file, text, id in questions:
+        if id in seen:
+            raise DataError(f"{path}: question_id {id} comes twice")
+        if known is not None and id not in known:
+            raise DataError(f"{answers} has no answers to question {id} of {path.name}: are they of another split?")
+        seen.add(id)
+        yield file, text, id, *(known[id] if known is not None else (None, None, None))
+    for id in known or ():
+        if id not in seen:
+            raise DataError(
+                f"{answers} has answers to question {id}, which {path.name} lacks: are they of another split?"
+            )
+
+
+def listed(path, name):
+    """(where, entry) of the list of that name in a JSON file."""
+    if not path.exists():
+        raise Absent(f"{path}: no such file; --data takes the folder with what VQA 2.0's archives hold")
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get(name), list):
+        raise DataError(f'{path}: not VQA 2.0\'s format: it has no list of "{name}"')
+    for number, entry in enumerate(content[name]):
+        yield f"{path}, {name} {number}", entry
+
+
+def first_with(images, folder):
+    """Where a folder of images lies: in the folder of the data, or in its `images`."""
+    places = [Path(folder, images), Path(folder, "images", images)]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+class Statement(NamedTuple):
+    """Of NLVR2."""
+
+    image: tuple  # left and right
+    text: str
+    id: str  # split-set-pair-sentence
+    label: bool
+
+
+NLVR2 = {"train": "train", "val": "dev", "test": "test1"}
+
+
+def read_statements(folder, split):
+    """A split of NLVR2, in the layout of its release: train's images in numbered folders, dev's and test1's in one."""
+    name, seen = NLVR2[split], set()
+    places = [Path(folder, below, f"{name}.json") for below in ("", "data", "nlvr2/data")]
+    path, root = next((place for place in places if place.exists()), None), first_with(name, folder)
+    if path is None:
+        raise Absent(f"{places[0]}: no such file; --data takes a folder with NLVR2's json lines and images")
+    for where, entry in json_lines(path):
+        id, text, label, directory = (
+            entry.get(key) if isinstance(entry, dict) else None
+            for key in ("identifier", "sentence", "label", "directory")
+        )
+        if not isinstance(id, str) or not isinstance(text, str) or id.count("-") < 3:
+            raise DataError(f"{where}: needs an identifier (split-set-pair-sentence) and a sentence")
+        if label not in ("True", "False"):
+            raise DataError(f'{where}: {id} has no label "True" or "False"')
+        if id in seen:
+            raise DataError(f"{where}: identifier {id} comes twice")
+        seen.add(id)
+        within = root if directory is None else root / str(directory)
+        left, right = (within / f"{id.rsplit('-', 1)[0]}-img{side}.png" for side in (0, 1))
+        yield (left, right), text, id, label == "True"
+
+
+class Labelled(NamedTuple):
+    """A picture of a class."""
+
+    image: str
+    label: str
+
+
+def read_classes(folder, split):
+    """A split of a folder of images, a folder a class: in `train`, `val`, `test`; without these, images are dealt."""
+    yield from ((path, Path(path).parent.name) for path, _, _ in find_images(folder, split))
+
+
+def read_task(task, data, split, image_size, seed=0):
+    """The source of task "vqa", "nlvr2" or "classify" that --data names: "shapes", or one folder. DataError before any
+    work if files are missing; Absent if there is no such split."""
+    kind, read, world = {
+        "vqa": (Question, read_questions, ShapesQuestions),
+        "nlvr2": (Statement, read_statements, ShapesStatements),
+        "classify": (Labelled, read_classes, ShapesClasses),
+    }[task]
+    if list(data) == ["shapes"]:
+        if split not in SPLITS:
+            raise Absent(f"the built-in world has splits {', '.join(SPLITS)}, not {split}")
+        return world(split, image_size, seed)
+    if len(data) > 1 or not Path(data[0]).is_dir():
+        raise DataError(f"--data {' '.join(map(str, data))}: task {task} takes one folder")
+    source = Records(kind, read(data[0], split))
+    refuse_missing(source, split)
+    if not len(source):
+        raise Absent(f"--data {data[0]}: split {split} is empty")
+    return source
+
+
+def known(source):
+    """What is known of the samples of a source, to collect its answers or classes from: of all on disk, of the first
+    5,000 in the built-in world, which have every one."""
+    return (source[i] for i in range(len(source) if isinstance(source, Records) else 5000))
+
+
+# ---- Answers (VQA 2.0) -----------------------------------------------------------------------------------------------
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+NUMBERS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
+CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
+not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+APOSTROPHES = {  # a contraction that lacks one of its apostrophes → the contraction
+    word[:at] + word[at + 1 :]: word for word in CONTRACTIONS for at, letter in enumerate(word) if letter == "'"
+}
+
+
+def normalise(answer):
+    """An answer as VQA 2.0's evaluation compares them: lower case; without articles, punctuation, and periods but in
+    numbers; numbers to ten as digits; contractions with their apostrophes."""
+    given = text = " ".join(answer.split())
+    joined = re.search(r"\d,\d", given)  # "1,000": then, and next to a space, a sign goes; else it parts two words
+    for sign in PUNCTUATION:
+        text = text.replace(sign, "" if joined or f"{sign} " in given or f" {sign}" in given else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
+    return " ".join(APOSTROPHES.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def answer_vocabulary(majorities, least=9):
+    """The answers that a model chooses from: the normalised majority answers that come at least 9 times; those of
+    train2014 and val2014 are the usual 3,129. The most frequent come first."""
+    counts = collections.Counter(map(normalise, majorities))
+    return sorted(
+        (answer for answer in counts if counts[answer] >= least), key=lambda answer: (-counts[answer], answer)
+    )
+
+
+def soft_scores(answers, numbers):
+    """The annotators' answers → (A,) float: an answer that n of ten gave scores 0.3 n, at most 1. numbers: {answer:
+    its number among A}."""
+    scores = torch.zeros(len(numbers))
+    for answer in map(normalise, answers):
+        if answer in numbers:
+            scores[numbers[answer]] += 0.3
+    return scores.clamp(max=1)
 
 
 # ---- Plain text (Section 3.4) ----------------------------------------------------------------------------------------
@@ -468,10 +697,17 @@ def read_documents(data):
     if list(data) == ["shapes"]:
         for split in SPLITS:
             world = Shapes(split, 0)
-            yield from ((split, random.Random(i).choice(world.captions(i))) for i in range(len(world)))
+            yield from ((split, random.Random(i).choice(world[i].captions)) for i in range(len(world)))
     else:
         for path in text_files(data):
             yield from ((dealt(document), document) for document in documents(path))
+
+
+def text_corpus(data):
+    """Texts to train a vocabulary on: of stage text's split train (a million documents at most)."""
+    if list(data) == ["shapes"]:
+        return Shapes("train", 0).corpus()
+    return [text for split, text in itertools.islice(read_documents(data), 10**6) if split == "train"]
 
 
 def pack(texts, words, folder):
@@ -523,31 +759,34 @@ class Shapes:
         return self.count
 
     def scene(self, i):
-        rng = random.Random(f"{self.seed} {self.split} {i}")
-        while True:
-            things = [
-                {"size": rng.choice(list(SIZES)), "color": rng.choice(list(COLORS)), "shape": rng.choice(SHAPES)}
-                for _ in range(rng.choice((2, 3)))
-            ]
-            scene = {"layout": rng.choice(list(LAYOUTS)), "things": things}
-            tenth = stable_hash(describe(scene)[0]) % 10
-            if self.split == ("test" if tenth == 9 else "val" if tenth == 8 else "train"):
-                return scene
+        return make_scene(self.split, random.Random(f"{self.seed} {self.split} {i}"))
 
     def image(self, i):
         return draw_scene(self.scene(i), self.image_size, random.Random(f"drawing {self.seed} {self.split} {i}"))
 
-    def captions(self, i):
-        return describe(self.scene(i))
-
-    def item(self, i):
-        return self.captions(i)[0]
-
-    def path(self, i):
-        return f"scene {i} of {self.split}"
+    def __getitem__(self, i):
+        captions = describe(self.scene(i))
+        return Picture(None, captions, captions[0])
 
     def corpus(self):
-        return [caption for i in range(min(self.count, 2000)) for caption in self.captions(i)]  # all words many times
+        """Captions, questions and statements, enough for every word of this world to come many times."""
+        captions = [caption for i in range(min(self.count, 2000)) for caption in describe(self.scene(i))]
+        asked, stated = ShapesQuestions(self.split, 0, self.seed), ShapesStatements(self.split, 0, self.seed)
+        return captions + [source[10 * i].text for i in range(200) for source in (asked, stated)]
+
+
+def make_thing(rng):
+    return {"size": rng.choice(list(SIZES)), "color": rng.choice(list(COLORS)), "shape": rng.choice(SHAPES)}
+
+
+def make_scene(split, rng):
+    """A scene whose meaning belongs to a split."""
+    while True:
+        things = [make_thing(rng) for _ in range(rng.choice((2, 3)))]
+        scene = {"layout": rng.choice(list(LAYOUTS)), "things": things}
+        tenth = stable_hash(describe(scene)[0]) % 10
+        if split == ("test" if tenth == 9 else "val" if tenth == 8 else "train"):
+            return scene
 
 
 def describe(scene):
@@ -596,6 +835,122 @@ def draw_shape(draw, shape, x, y, r, color):
         draw.rectangle((x - 0.32 * r, y - r, x + 0.32 * r, y + r), fill=color)
 
 
+PLACES = {"row": ("on the left", "on the right"), "column": ("at the top", "at the bottom")}  # of the first, the last
+TIMES = 4  # questions on each scene, pairs of images for each statement
+
+
+def trait(thing, *names):
+    """What a thing is by some of its properties: ("red shape", does another thing share them?)."""
+    what = " ".join([thing[name] for name in names] + ["shape"] * ("shape" not in names))
+    return what, lambda other: all(other[name] == thing[name] for name in names)
+
+
+def a(what):
+    return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
+
+
+def ask(scene, rng):
+    """A question about a scene: (text, answer, type of the answer as in VQA 2.0)."""
+    kind = rng.choice(("yes/no", "number", "other"))
+    return *{"yes/no": ask_whether, "number": ask_how_many, "other": ask_which}[kind](scene, rng), kind
+
+
+def ask_whether(scene, rng):
+    """Whether a thing is there, or where two stand to each other; as often yes as no."""
+    things, answer, look = scene["things"], rng.choice(("yes", "no")), ("color", "shape")
+    names = [trait(thing, *look)[0] for thing in things]
+    if rng.random() < 0.4 and len(set(names)) == len(names):
+        first, second = sorted(rng.sample(range(len(names)), 2))
+        if rng.random() < 0.5:
+            first, second = second, first
+        relation = LAYOUTS[scene["layout"]][(first < second) == (answer == "no")]
+        return f"is the {names[first]} {relation} the {names[second]}?", answer
+    thing = rng.choice(things)
+    while answer == "no" and trait(thing, *look)[0] in names:
+        thing = thing | {name: make_thing(rng)[name] for name in [rng.choice(look)]}
+    return f"is there {a(trait(thing, *look)[0])}?", answer
+
+
+def ask_how_many(scene, rng):
+    thing = rng.choice(scene["things"]) if rng.random() < 0.6 else make_thing(rng)
+    what, like_it = trait(thing, *rng.choice(((), ("color",), ("shape",))))
+    return f"how many {what}{'es' if what[-1] == 's' else 's'} are there?", str(sum(map(like_it, scene["things"])))
+
+
+def ask_which(scene, rng):
+    """The color, shape or size of a thing, which is named by another property or by its place."""
+    things, wanted = scene["things"], rng.choice(("color", "shape", "size"))
+    thing = rng.choice(things)
+    what, like_it = trait(thing, rng.choice([name for name in ("color", "shape") if name != wanted]))
+    if rng.random() < 0.5 or sum(map(like_it, things)) > 1:
+        end = rng.choice((0, -1))
+        thing, what = things[end], f"shape {PLACES[scene['layout']][end]}"
+    return f"what {wanted} is the {what}?", thing[wanted]
+
+
+class ShapesQuestions(Shapes):
+    """VQA in the built-in world: four questions on every scene, with ten annotators who agree."""
+
+    def __len__(self):
+        return TIMES * self.count
+
+    def __getitem__(self, i):
+        text, answer, kind = ask(self.scene(i // TIMES), random.Random(f"question {self.seed} {self.split} {i}"))
+        return Question(None, text, i, [answer] * 10, answer, kind)
+
+    def image(self, i):
+        return super().image(i // TIMES)
+
+
+def state(rng):
+    """A statement about two scenes: (text, does it hold of (left, right)?)."""
+    what, like_it = trait(make_thing(rng), rng.choice(("color", "shape")))
+    count, size = lambda scene: sum(map(like_it, scene["things"])), lambda scene: len(scene["things"])
+    side, total = rng.choice((0, 1)), rng.choice((4, 5, 6))
+    name, number = ("left", "right")[side], {4: "four", 5: "five", 6: "six"}[total]
+    return rng.choice([
+        (f"the {name} image shows {a(what)}.", lambda *scenes: count(scenes[side]) > 0),
+        (f"both images show {a(what)}.", lambda *scenes: all(map(count, scenes))),
+        (f"only one image shows {a(what)}.", lambda *scenes: sum(count(scene) > 0 for scene in scenes) == 1),
+        (f"neither image shows {a(what)}.", lambda *scenes: not any(map(count, scenes))),
+        (f"the images show {number} shapes in all.", lambda *scenes: sum(map(size, scenes)) == total),
+        (f"the {name} image shows more shapes than the other one.",
+         lambda *scenes: size(scenes[side]) > size(scenes[1 - side])),
+    ])  # fmt: skip
+
+
+class ShapesStatements(Shapes):
+    """NLVR2 in the built-in world: every statement comes with four pairs of images, and is true of two of them."""
+
+    def __len__(self):
+        return TIMES * self.count
+
+    def stated(self, i):
+        """→ the statement, does it hold of two scenes?, shall it of those of pair i?"""
+        rng = random.Random(f"statement {self.seed} {self.split} {i // TIMES}")
+        text, holds = state(rng)
+        return text, holds, rng.sample([True, False] * (TIMES // 2), TIMES)[i % TIMES]
+
+    def __getitem__(self, i):
+        text, _, label = self.stated(i)
+        return Statement(None, text, f"{self.split}-{i // TIMES}-{i % TIMES}-0", label)
+
+    def image(self, i):
+        _, holds, label = self.stated(i)
+        rng = random.Random(f"pair {self.seed} {self.split} {i}")
+        scenes = [make_scene(self.split, rng) for _ in range(2)]
+        while holds(*scenes) != label:
+            scenes[rng.randrange(2)] = make_scene(self.split, rng)
+        return tuple(draw_scene(scene, self.image_size, rng) for scene in scenes)
+
+
+class ShapesClasses(Shapes):
+    """Image classification in the built-in world: color and shape of the first thing, from the left or the top."""
+
+    def __getitem__(self, i):
+        return Labelled(None, trait(self.scene(i)["things"][0], "color", "shape")[0])
+
+
 # ---- Samples and their order -----------------------------------------------------------------------------------------
 
 
@@ -630,19 +985,19 @@ class Images(Dataset):
         return sample | {"hidden": mask_blocks(self.side, rng)} if self.side else sample
 
     def read(self, index):
-        """→ number of the picture, the picture or None, unreadable files. Not an error: a loader worker's is a
+        """→ number of the sample, its picture or None, unreadable files. Not an error: a loader worker's is a
         traceback, so it is for the main process to raise."""
         unreadable = []
         for i in range(index, index + IN_A_ROW):
             i = i % len(self.source)
             try:
                 return i, self.source.image(i), unreadable
-            except UNREADABLE as error:
-                unreadable.append(f"{self.source.path(i)} ({type(error).__name__})")
+            except Unreadable as error:
+                unreadable.append(str(error))
         return i, None, unreadable
 
     def view(self, image, rng):
-        return to_tensor(augment(image, self.image_size, rng, self.augmentation, self.flip))
+        return to_tensor(image, lambda one: augment(one, self.image_size, rng, self.augmentation, self.flip))
 
 
 class Pairs(Images):
@@ -658,12 +1013,32 @@ class Pairs(Images):
         i, image, unreadable = self.read(key[1])
         if image is None:
             return {"unreadable": unreadable}
-        caption = rng.choice(self.source.captions(i))
+        picture = self.source[i]
+        caption = rng.choice(picture.captions)
         text, mask = self.words.encode(caption)
         masked, labels = self.words.mask_words(text, rng)
-        ids = torch.tensor([stable_hash(self.source.item(i)), stable_hash(caption)])
+        ids = torch.tensor([stable_hash(picture.item), stable_hash(caption)])
         return {"image": self.view(image, rng), "text": text, "mask": mask, "masked": masked, "labels": labels,
                 "ids": ids, "unreadable": unreadable}  # fmt: skip
+
+
+class Examples(Images):
+    """Training samples of a downstream task: image and unreadable as above, of a pair of images (2, 3, S, S); text and
+    mask where there is a text; target, what `target` makes of source[i]."""
+
+    def __init__(self, source, words, target, image_size, seed, augmentation, flip):
+        super().__init__(source, image_size, seed, augmentation, flip, side=None)
+        self.words, self.target = words, target
+
+    def __getitem__(self, key):
+        rng = random.Random(f"{self.seed} {key[0]} {key[1]}")
+        i, image, unreadable = self.read(key[1])
+        if image is None:
+            return {"unreadable": unreadable}
+        known, sample = self.source[i], {"image": self.view(image, rng), "unreadable": unreadable}
+        if self.words:
+            sample["text"], sample["mask"] = self.words.encode(known.text)
+        return sample | {"target": self.target(known)}
 
 
 class Texts(Dataset):

@@ -1,9 +1,13 @@
-"""Metrics as pure functions, and the evaluation of each task and stage: zero-shot retrieval (Section 3.5, Table 2);
-for the stages of Section 3.4 the share of masked visual tokens and words that are found, and the use of a codebook.
+"""Metrics as pure functions, and the evaluation of each task (Sections 3.5, 4.3–4.5) and stage (Section 3.4).
 
-python evaluate.py --task retrieval --checkpoint runs/vl/last.pt [--data DIR] [--split test]
+    python evaluate.py --task retrieval --checkpoint runs/vl/last.pt [--rerank 16]
+    python evaluate.py --task vqa --checkpoint runs/vqa/best.pt --data DIR --split test --predictions FILE
+    torchrun --nproc_per_node=8 evaluate.py --task nlvr2 --checkpoint runs/nlvr2/best.pt --data DIR
+
+Any number of processes gives the same answer. Shape letters: I images, C captions, D dim, Q queries, G gallery.
 """
 
+import collections
 import json
 import math
 import random
@@ -18,31 +22,74 @@ import losses
 import runtime
 import weights
 from dvae import codebook_use
-from mome import Config, VLMo
+from mome import NLVR2, VQA, Classifier, Config, VLMo
 
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
 
 
-def recall(scores, relevant, ks=(1, 5, 10)):
-    """Recall@k in percent, rows asking for columns: the share of rows with a relevant column among their k best.
+def ranks(scores, relevant):
+    """How many irrelevant columns stand before the best relevant one, for rows that ask for columns: (Q,) int64.
 
     scores (Q, G) float; relevant (Q, G) bool, at least one a row. An irrelevant column that scores as high as the best
     relevant one stands before it: a model that cannot tell them apart earns nothing by it.
     """
     best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)  # (Q, 1)
-    before = (~(scores < best) & ~relevant).sum(1)  # (Q,); what is not a number counts against, too
-    return [100 * (before < k).double().mean().item() for k in ks]
+    return (~(scores < best) & ~relevant).sum(1)  # what is not a number counts against, too
 
 
-def retrieval_recall(scores, relevant):
-    """scores, relevant (images, captions) → {"TR@1", … "IR@10", "mean"}: text retrieval asks for a caption with an
-    image, image retrieval for an image with a caption (Table 2)."""
-    text, image = recall(scores, relevant), recall(scores.T, relevant.T)
-    names = [f"{way}@{k}" for way in ("TR", "IR") for k in (1, 5, 10)]
-    return dict(zip(names, text + image)) | {"mean": sum(text + image) / 6}
+def recall(text_ranks, image_ranks):
+    """Ranks of (images,), (captions,) → {"TR@1", … "IR@10", "mean"} in percent: text retrieval asks for a caption with
+    an image, image retrieval for an image with a caption (Table 2)."""
+    ways = {"TR": text_ranks, "IR": image_ranks}
+    found = {f"{way}@{k}": 100 * (ranks < k).double().mean().item() for way, ranks in ways.items() for k in (1, 5, 10)}
+    return found | {"mean": sum(found.values()) / 6}
 
 
-# ---- Retrieval -------------------------------------------------------------------------------------------------------
+def vqa_accuracy(answer, answers):
+    """VQA 2.0's accuracy of one answer: min(n / 3, 1), where n of the annotators agree, averaged over all the sets that
+    leave one of them out."""
+    given = [data.normalise(other) for other in answers]
+    n, all = given.count(data.normalise(answer)), len(given)
+    return (n * min((n - 1) / 3, 1) + (all - n) * min(n / 3, 1)) / all
+
+
+def vqa_accuracies(predicted, questions):
+    """Answers to a list of data.Question → {"accuracy", and for each type of answer its own, in percent, and that of
+    the best constant answer to all questions of the type}."""
+    kinds = collections.defaultdict(list)
+    for answer, question in zip(predicted, questions):
+        kinds[question.kind].append((answer, question))
+    mean = lambda pairs: 100 * sum(vqa_accuracy(answer, question.answers) for answer, question in pairs) / len(pairs)
+    out = {"accuracy": mean(list(zip(predicted, questions)))}
+    for kind, pairs in sorted(kinds.items()):
+        frequent = collections.Counter(question.majority for _, question in pairs).most_common(10)
+        constant = max(mean([(answer, question) for _, question in pairs]) for answer, _ in frequent)
+        out |= {kind: mean(pairs), f"{kind}, best constant": constant}
+    return out
+
+
+def nlvr2_accuracies(predicted, statements):
+    """Truth values for a list of data.Statement → {"accuracy": percent of pairs, "consistency": percent of statements
+    of which all pairs are right}. A statement is known by its identifier without the number of the pair."""
+    right = collections.defaultdict(list)
+    for value, statement in zip(predicted, statements):
+        split, images, _, sentence = statement.id.split("-", 3)
+        right[split, images, sentence].append(value == statement.label)
+    share = lambda values: 100 * sum(values) / len(values)
+    return {
+        "accuracy": share([value for pairs in right.values() for value in pairs]),
+        "consistency": share([all(pairs) for pairs in right.values()]),
+    }
+
+
+def line(results):
+    """{name: number} in a line."""
+    return ", ".join(
+        f"{name} {value:.4g}" if value < 1000 else f"{name} {value:.0f}" for name, value in results.items()
+    )
+
+
+# ---- What an evaluation reads ----------------------------------------------------------------------------------------
 
 
 def shard(count, batch):
@@ -53,41 +100,140 @@ def shard(count, batch):
     return [mine[k : k + batch] for k in range(0, share, batch)]
 
 
+def pixels(source, numbers, size):
+    """Pictures of a source, uint8 (n, 3, S, S), or pairs of them (n, 2, 3, S, S). data.Unreadable names one that cannot
+    be read."""
+    return torch.stack([data.to_tensor(source.image(i), lambda image: data.resize(image, size)) for i in numbers])
+
+
+def encode(words, texts):
+    """Texts → ids (n, T) int64, mask (n, T) bool, cut to the longest (rounded up to a multiple of 8)."""
+    ids, mask = (torch.stack(parts) for parts in zip(*map(words.encode, texts)))
+    T = data.cut(mask)
+    return ids[:, :T], mask[:, :T]
+
+
+# ---- Retrieval -------------------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def retrieval(model, source, words, device, batch=64):
-    """Zero-shot retrieval over a source: all its pictures against all their captions.
+def retrieval(model, source, words, device, batch=64, rerank=0):
+    """Retrieval over a source, all its pictures against all their captions, by the dual encoder (Section 3.5); if
+    `rerank`, also with the ITM head on each query's best `rerank` → {"TR@1", … "reranked TR@1", …}.
 
     A caption is right for every picture that has it (`source.by_text`), or in Karpathy's splits for its own alone.
-    An image that cannot be read raises data.DataError. All processes share the work and return the same numbers.
+    All processes share the work.
     """
     training, size = model.training, model.config.image_size
     model.eval()
-    captions = [(i, text) for i in range(len(source)) for text in source.captions(i)]
+    captions = [(i, text) for i in range(len(source)) for text in source[i].captions]
     image, text = [], []
     for numbers in shard(len(source), batch):
         image.append(model.embed_image(pixels(source, numbers, size).to(device)))
     for numbers in shard(len(captions), batch):
-        ids, mask = (torch.stack(parts) for parts in zip(*(words.encode(captions[n][1]) for n in numbers)))
-        T = data.cut(mask)
-        text.append(model.embed_text(ids[:, :T].to(device), mask[:, :T].to(device)))
+        ids, mask = encode(words, [captions[n][1] for n in numbers])
+        text.append(model.embed_text(ids.to(device), mask.to(device)))
     image = losses.gather(torch.cat(image))[: len(source)]  # (I, D)
     text = losses.gather(torch.cat(text))[: len(captions)]  # (C, D)
-    owners = {}
+    owners = collections.defaultdict(list)
     for i, caption in captions:
-        owners.setdefault(caption if source.by_text else i, []).append(i)
-    relevant = torch.zeros(len(source), len(captions), dtype=torch.bool)  # (I, C)
-    for n, (i, caption) in enumerate(captions):
-        relevant[owners[caption if source.by_text else i], n] = True
+        owners[caption if source.by_text else i].append(i)
+    pairs = [(i, n) for n, (own, caption) in enumerate(captions) for i in owners[caption if source.by_text else own]]
+    relevant = torch.tensor(pairs, device=device).T  # (2, P): image, caption
+    results = recall(search(image, text, relevant), search(text, image, relevant.flip(0)))
+    if rerank:
+        images = pixels(source, range(len(source)), size)  # (I, 3, S, S) in memory: each is read many times
+        ids, mask = encode(words, [caption for _, caption in captions])  # (C, T)
+        odds = lambda i, n: matching(model, images[i], ids[n], mask[n], device, batch)
+        by_image = lambda s, first: reorder(model.scale() * s, rerank, lambda row, column: odds(first + row, column))
+        by_text = lambda s, first: reorder(model.scale() * s, rerank, lambda row, column: odds(column, first + row))
+        again = recall(search(image, text, relevant, by_image), search(text, image, relevant.flip(0), by_text))
+        results |= {f"reranked {name}": value for name, value in again.items()}
     model.train(training)
-    with torch.autocast(image.device.type, enabled=False):  # rounded scores would tie
-        return retrieval_recall(image @ text.T, relevant.to(device))
+    return results
 
 
-def line(results):
-    """{name: number} in a line."""
-    return ", ".join(
-        f"{name} {value:.4g}" if value < 1000 else f"{name} {value:.0f}" for name, value in results.items()
-    )
+def search(queries, gallery, relevant, second=None, block=256):
+    """`ranks` of all queries (Q, D) in the gallery (G, D): (Q,). relevant (2, P): the pairs (query, column) that belong
+    together. second(scores (q, G), first query) may reorder them. Never more than `block` rows of the scores are in
+    memory; processes take turns at the blocks."""
+    out = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    for first in range(losses.rank() * block, len(queries), losses.world() * block):
+        with torch.autocast(queries.device.type, enabled=False):  # rounded scores would tie
+            scores = queries[first : first + block] @ gallery.T  # (q, G)
+        row, column = relevant[:, (relevant[0] >= first) & (relevant[0] < first + block)]
+        right = torch.zeros_like(scores, dtype=torch.bool)
+        right[row - first, column] = True
+        out[first : first + block] = ranks(second(scores, first) if second else scores, right)
+    return losses.gather(out[None]).sum(0)
+
+
+def reorder(scores, K, odds):
+    """s/σ (q, G) → scores by which each row's K best stand before all others, in the order of s/σ + odds(row, column).
+
+    The ITM head has learned to tell a match from negatives drawn with probability softmax(s/σ): its log-odds are what
+    s/σ leaves out of the logarithm of a match's probability.
+    """
+    best, column = scores.topk(min(K, scores.shape[1]))  # (q, K)
+    row = torch.arange(len(scores)).repeat_interleave(column.shape[1])
+    best = best + odds(row, column.flatten().cpu()).view_as(best)
+    return scores.scatter(1, column, best - best.amin(1, keepdim=True) + scores.amax(1, keepdim=True) + 1)
+
+
+def matching(model, images, texts, masks, device, batch):
+    """Log-odds of a match (P,), by the ITM head, of P pairs: images (P, 3, S, S), texts, masks (P, T)."""
+    out = []
+    for image, text, mask in zip(*(part.split(batch) for part in (images, texts, masks))):
+        T = data.cut(mask)
+        hidden = model.encode_pair(text[:, :T].to(device), mask[:, :T].to(device), image.to(device), rows=1)
+        logits = model.itm_head(model.pool(hidden)).float()
+        out.append(logits[:, 1] - logits[:, 0])
+    return torch.cat(out)
+
+
+# ---- Questions, statements, classes ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(task, source, words, device, batch=64):
+    """The best of a task's choices for every sample of a source: (n,) int64 on the CPU, on every process. task: VQA,
+    NLVR2 or Classifier of mome.py; words: None where the source has no text."""
+    task.eval()
+    out = []
+    for numbers in shard(len(source), batch):
+        inputs = {"image": pixels(source, numbers, task.model.config.image_size)}
+        if words:
+            inputs["text"], inputs["mask"] = encode(words, [source[i].text for i in numbers])
+        out.append(task({name: tensor.to(device) for name, tensor in inputs.items()}).argmax(1))
+    return losses.gather(torch.cat(out))[: len(source)].cpu()
+
+
+def vqa(task, source, words, answers, device, batch=64):
+    """→ accuracies ({} where no answers are published), and what the evaluation server takes."""
+    predicted = [answers[k] for k in predict(task, source, words, device, batch)]
+    questions = [source[i] for i in range(len(source))]
+    results = vqa_accuracies(predicted, questions) if questions[0].answers else {}
+    pairs = [{"question_id": question.id, "answer": answer} for question, answer in zip(questions, predicted)]
+    return results, json.dumps(pairs)
+
+
+def nlvr2(task, source, words, choices, device, batch=64):
+    """→ accuracies, and what the release's metrics.py reads."""
+    predicted = [bool(k) for k in predict(task, source, words, device, batch)]
+    statements = [source[i] for i in range(len(source))]
+    lines = [f"{statement.id},{value}\n" for statement, value in zip(statements, predicted)]
+    return nlvr2_accuracies(predicted, statements), "".join(lines)
+
+
+def classify(task, source, words, classes, device, batch=64):
+    """→ accuracy in percent, and a line for each picture: its class, the predicted one."""
+    labels = [source[i].label for i in range(len(source))]
+    for label in labels:
+        if label not in classes:
+            raise data.DataError(f"class {label} is none of those that the model was trained on")
+    predicted = [classes[k] for k in predict(task, source, None, device, batch)]
+    right = sum(label == answer for label, answer in zip(labels, predicted))
+    return {"accuracy": 100 * right / len(labels)}, "".join(f"{a},{b}\n" for a, b in zip(labels, predicted))
 
 
 # ---- What the stages before are measured by --------------------------------------------------------------------------
@@ -100,11 +246,6 @@ def batches(count, size):
     """This process's share of 0 … count−1, each number once over all processes, in batches."""
     mine = list(range(losses.rank(), count, losses.world()))
     return [mine[k : k + size] for k in range(0, len(mine), size)]
-
-
-def pixels(source, numbers, size):
-    """Pictures of a source, uint8 (n, 3, S, S)."""
-    return torch.stack([data.to_tensor(data.resize(data.read_or_refuse(source, i), size)) for i in numbers])
 
 
 def perplexity(loss, count):
@@ -215,32 +356,81 @@ def read_checkpoint(path, kind=Config):
     return content, config, text and data.tokenizer_from_json(text, path)
 
 
+TASKS = {"vqa": (VQA, vqa), "nlvr2": (NLVR2, nlvr2), "classify": (Classifier, classify)}
+
+
+def read_task(task, path, device):
+    """A fine-tuned checkpoint → the task's module, tokenizer, choices (answers, classes). UserError if it is of another
+    task, or has another number of choices than its head."""
+    content, config, tokenizer = read_checkpoint(path)
+    if content["stage"] != task:
+        advice = f"fine-tune it first: finetune.py --task {task} --init {path}"
+        raise runtime.UserError(f"{path} (stage {content['stage']}) has no head for task {task}: {advice}")
+    model, choices = VLMo(config), content["choices"]
+    weights.fit(model, content["model"], config, path)
+    module = TASKS[task][0](model, len(choices)).to(device)
+    there = list(content["head"].values())[-1].shape[0]
+    if there != len(choices):
+        raise runtime.UserError(f"{path} has {len(choices)} answers or classes and a head for {there}: it is damaged")
+    weights.load_exactly(module.head, content["head"], path)
+    return module, tokenizer, choices
+
+
 def main():
     parser = runtime.Parser(__doc__)
-    parser.add_argument("--task", choices=["retrieval"], default="retrieval")
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="any checkpoint of this project")
+    parser.add_argument("--task", choices=["retrieval", *TASKS], default="retrieval")
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="for retrieval any that has learned ITC")
     parser.add_argument("--data", nargs="+", default=["shapes"], metavar="DIR", help='folders, or "shapes" (default)')
-    parser.add_argument("--split", choices=["train", "val", "test"], default="test")
+    parser.add_argument("--split", default="test", help="train, val, test; of VQA 2.0 also test-dev [test]")
+    parser.add_argument(
+        "--rerank", type=int, default=0, metavar="K", help="retrieval: the K best again, by the ITM head"
+    )
+    parser.add_argument("--predictions", metavar="FILE", help="vqa: json for the server; nlvr2, classify: csv")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off")
     args = parser.parse_args()
-    if args.batch_size < 1:
-        raise runtime.UserError("--batch-size must be at least 1")
+    if args.batch_size < 1 or args.rerank < 0:
+        raise runtime.UserError("--batch-size must be at least 1, and --rerank not negative")
+    if args.rerank and args.task != "retrieval" or args.predictions and args.task == "retrieval":
+        raise runtime.UserError("--rerank is of task retrieval, and --predictions of the others")
     here = runtime.Runtime(args.amp)
+    run = evaluate_retrieval if args.task == "retrieval" else evaluate_task
+    with here.autocast():
+        results = run(args, here)
+    if results:
+        here.print(line(results))
+        here.print(json.dumps({name: round(value, 2) for name, value in results.items()}))
+
+
+def evaluate_retrieval(args, here):
     content, config, tokenizer = read_checkpoint(args.checkpoint)
     model = VLMo(config).to(here.device)
     how = weights.fit(model, content["model"], config, args.checkpoint)
-    if how["itc_image"] == "fresh":
-        raise runtime.UserError(
-            f"{args.checkpoint} (stage {content['stage']}) never learned ITC, which retrieval needs"
-        )
-    words = data.Words(tokenizer, config.max_text_len)
+    for group in ["itc_image", "itm_head"] if args.rerank else ["itc_image"]:
+        if how[group] == "fresh":
+            lacks = {"itc_image": "ITC, which retrieval needs", "itm_head": "ITM, which --rerank needs"}[group]
+            raise runtime.UserError(f"{args.checkpoint} (stage {content['stage']}) never learned {lacks}")
     source = data.read_sources(args.data, args.split, config.image_size)
-    with here.autocast():
-        results = retrieval(model, source, words, here.device, args.batch_size)
-    captions = sum(len(source.captions(i)) for i in range(len(source)))
-    here.print(f"{args.split}: {len(source)} images, {captions} captions\n{line(results)}")
-    here.print(json.dumps({name: round(value, 2) for name, value in results.items()}))
+    captions = sum(len(source[i].captions) for i in range(len(source)))
+    here.print(f"{args.split}: {len(source)} images, {captions} captions")
+    words = data.Words(tokenizer, config.max_text_len)
+    return retrieval(model, source, words, here.device, args.batch_size, args.rerank)
+
+
+def evaluate_task(args, here):
+    module, tokenizer, choices = read_task(args.task, args.checkpoint, here.device)
+    config = module.model.config
+    source = data.read_task(args.task, args.data, args.split, config.image_size)
+    here.print(f"{args.split}: {len(source)} samples")
+    words = tokenizer and data.Words(tokenizer, config.max_text_len)
+    results, predictions = TASKS[args.task][1](module, source, words, choices, here.device, args.batch_size)
+    if not results and not args.predictions:
+        raise runtime.UserError(
+            f"split {args.split} has no published answers: --predictions writes yours for the server"
+        )
+    if args.predictions and here.main:
+        runtime.write(args.predictions, lambda file: file.write(predictions.encode()))
+    return results
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where a script runs: processes, device, precision, optimizer groups, schedule, checkpoints, metrics, errors."""
 
 import argparse
+import collections
 import contextlib
 import datetime
 import json
@@ -142,15 +143,19 @@ def seed_all(*words):
 # ---- Optimizer ------------------------------------------------------------------------------------------------------
 
 
-def optimizer(model, weight_decay, betas):
+def optimizer(model, weight_decay, betas, head=None, factor=1.0):
     """Fused AdamW over what is trainable. Matrices of Linear, Conv2d and word Embedding decay; nothing else does:
-    no bias, norm, LayerScale, position, type or [CLS] embedding, relative table or logit scale."""
+    no bias, norm, LayerScale, position, type or [CLS] embedding, relative table or logit scale.
+
+    Each group has a "factor" of its learning rate: `factor` for the parameters of `head`, a part of the model, else 1.
+    """
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding))}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if id(p) in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if id(p) not in matrices], "weight_decay": 0.0},
-    ]
+    of_head = {id(p) for p in head.parameters()} if head else set()
+    groups = collections.defaultdict(list)
+    for p in model.parameters():
+        if p.requires_grad:
+            groups[factor if id(p) in of_head else 1.0, weight_decay if id(p) in matrices else 0.0].append(p)
+    groups = [{"params": groups[f, decay], "factor": f, "weight_decay": decay} for f, decay in sorted(groups)[::-1]]
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
@@ -167,13 +172,14 @@ def learning_rate(step, steps, warmup, peak, decay="linear"):
 # ---- Files ----------------------------------------------------------------------------------------------------------
 
 
-def save(path, content):
-    """Writes a checkpoint whole or not at all: to a temporary name, synced to disk, renamed. UserError if it cannot."""
+def write(path, fill):
+    """Writes a file whole or not at all: fill(file) to a temporary name, synced to disk, renamed. UserError if it
+    cannot be."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -182,6 +188,11 @@ def save(path, content):
         os.close(folder)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} could not be written, what was there before is kept: {error}") from None
+
+
+def save(path, content):
+    """Writes a checkpoint."""
+    write(path, lambda file: torch.save(content, file))
 
 
 DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError)

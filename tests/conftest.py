@@ -24,14 +24,15 @@ def _start(rank, world, port, function, arguments, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def processes(tmp_path):
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory):
     def run(world, function, *arguments):
+        folder = tmp_path_factory.mktemp("processes")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        mp.spawn(_start, (world, port, function, arguments, str(tmp_path)), nprocs=world)
-        return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+        mp.spawn(_start, (world, port, function, arguments, str(folder)), nprocs=world)
+        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
     return run
 

@@ -64,7 +64,7 @@ def test_words_are_masked_whole_in_15_percent_80_10_10(words):
 
 
 def test_the_trained_vocabulary_is_the_same_every_time():
-    captions = [caption for i in range(300) for caption in data.Shapes("train", 32).captions(i)]
+    captions = [caption for i in range(300) for caption in data.Shapes("train", 32)[i].captions]
     first, second = (data.train_tokenizer(captions, 90).get_vocab() for _ in range(2))
     assert first == second and len(first) == 90
     assert [piece for piece, i in sorted(first.items(), key=lambda entry: entry[1])][:5] == data.SPECIAL
@@ -202,11 +202,11 @@ def test_manifest(tmp_path):
     source = data.read_sources([tmp_path], "train", 8)
     assert (
         len(source) == 2
-        and source.captions(0) == ["one", ""]
-        and source.item(0) == "7"
-        and source.captions(1) == ["é\u2028\x85"]
+        and source[0].captions == ["one", ""]
+        and source[0].item == "7"
+        and source[1].captions == ["é\u2028\x85"]
     )
-    assert source.item(1) == source.path(1) == str(tmp_path / "a.png") and source.image(1).size == (8, 8)
+    assert source[1].item == source[1].image == str(tmp_path / "a.png") and source.image(1).size == (8, 8)
     both = data.read_sources([tmp_path, tmp_path], "train", 8)
     assert len(both) == 4 and both.by_text
 
@@ -276,8 +276,8 @@ def test_karpathys_coco_and_flickr30k(tmp_path):
     ])  # fmt: skip
     karpathy(flickr, "flickr30k", [{"filename": "c.jpg", "split": "train", "sentences": [sentence("A bird.")]}])
     source = data.read_sources([coco, flickr], "train", 8)
-    assert [source.captions(i) for i in range(len(source))] == [["A dog.", "Dog"], ["A cat."], ["A bird."]]
-    assert source.path(0) == str(coco / "val2014" / "a.jpg") and source.image(2).size == (8, 8)
+    assert [source[i].captions for i in range(len(source))] == [["A dog.", "Dog"], ["A cat."], ["A bird."]]
+    assert source[0].image == str(coco / "val2014" / "a.jpg") and source.image(2).size == (8, 8)
     assert not source.by_text  # its protocol: a caption is right for its own picture alone
     assert len(data.read_sources([coco], "test", 8)) == 1
 
@@ -307,8 +307,8 @@ def test_splits_share_no_scene_and_no_caption():
     meanings, captions = {}, {}
     for split in data.SPLITS:
         source = data.Shapes(split, 32, count=2000)
-        meanings[split] = {source.item(i) for i in range(2000)}
-        captions[split] = {caption for i in range(2000) for caption in source.captions(i)}
+        meanings[split] = {source[i].item for i in range(2000)}
+        captions[split] = {caption for i in range(2000) for caption in source[i].captions}
     for a, b in [("train", "val"), ("train", "test"), ("val", "test")]:
         assert not meanings[a] & meanings[b] and not captions[a] & captions[b]
 
@@ -342,8 +342,287 @@ def test_captions_are_all_the_ways_to_say_it():
 
 def test_the_world_depends_on_its_seed_and_on_nothing_else():
     first, again, other = (data.Shapes("train", 32, seed) for seed in (0, 0, 1))
-    assert first.captions(7) == again.captions(7) and first.image(7).tobytes() == again.image(7).tobytes()
-    assert [first.captions(i) for i in range(5)] != [other.captions(i) for i in range(5)]
+    assert first[7].captions == again[7].captions and first.image(7).tobytes() == again.image(7).tobytes()
+    assert [first[i].captions for i in range(5)] != [other[i].captions for i in range(5)]
+
+
+def things_of(scene, *wanted):
+    """The things of a scene that have all the wanted properties, read by names alone."""
+    return [thing for thing in scene["things"] if set(wanted) <= set(thing.values())]
+
+
+def properties(text):
+    """The sizes, colors and shapes that a text names, in order; plurals, too."""
+    names = [*data.SIZES, *data.COLORS, *data.SHAPES]
+    return [name for word in text.strip("?.").split() for name in names if word in (name, name + "s", name + "es")]
+
+
+def answer(scene, text):
+    """The answer to a question of the built-in world, found another way: by matching its words to the scene."""
+    things, named = scene["things"], properties(text)
+    if text.startswith("how many"):
+        return str(len(things_of(scene, *named)))
+    if text.startswith("is there"):
+        return "yes" if things_of(scene, *named) else "no"
+    if text.startswith("is the"):
+        first, second = (things.index(things_of(scene, *pair)[0]) for pair in (named[:2], named[2:]))
+        forward = "left of" in text or "above" in text
+        assert ("left" in text or "right" in text) == (scene["layout"] == "row")
+        return "yes" if (first < second) == forward else "no"
+    wanted = text.split()[1]
+    if " on the " in text or " at the " in text:
+        thing = things[0 if text.endswith(("left?", "top?")) else -1]
+    else:
+        [thing] = things_of(scene, *named)
+    return thing[wanted]
+
+
+def test_questions_have_the_right_answers_and_every_type():
+    source = data.ShapesQuestions("test", 32)
+    kinds = Counter()
+    for i in range(1500):
+        question = source[i]
+        assert answer(source.scene(i // 4), question.text) == question.majority, (question, source.scene(i // 4))
+        assert question.id == i and question.answers == [question.majority] * 10
+        kinds[question.kind, question.majority in ("yes", "no"), question.majority.isdigit()] += 1
+    assert set(kinds) == {("yes/no", True, False), ("number", False, True), ("other", False, False)}
+    assert min(kinds.values()) > 400 and len(source) == 2000
+
+
+def test_statements_are_true_of_two_of_four_pairs(monkeypatch):
+    monkeypatch.setattr(data, "draw_scene", lambda scene, size, rng: scene)
+    source, seen = data.ShapesStatements("test", 32), set()
+    for i in range(800):
+        statement, scenes = source[i], source.image(i)
+        words, named = statement.text.split(), properties(statement.text)
+        has, size = [bool(things_of(scene, *named)) for scene in scenes], [len(scene["things"]) for scene in scenes]
+        side = words[1] == "right"
+        holds = {
+            "both": all(has), "only": sum(has) == 1, "neither": not any(has), "the": has[side],
+        }[words[0]]  # fmt: skip
+        if "more" in words:
+            holds = size[side] > size[1 - side]
+        if "all." in words:
+            holds = sum(size) == {"four": 4, "five": 5, "six": 6}[words[3]]
+        assert holds == statement.label, (statement, scenes)
+        seen.add((words[0], "more" in words, "all." in words))
+    assert len(seen) == 6
+    labels = [source[i].label for i in range(800)]
+    assert all(sum(labels[i : i + 4]) == 2 for i in range(0, 800, 4)) and source[6].id == "test-1-2-0"
+
+
+def test_the_vocabulary_of_the_world_knows_all_its_words():
+    words = data.Words(data.train_tokenizer(data.Shapes("train", 0).corpus(), 512), 24)
+    asked, stated = data.ShapesQuestions("test", 0), data.ShapesStatements("test", 0)
+    for text in [source[i].text for i in range(400) for source in (asked, stated)]:
+        ids, mask = words.encode(text)
+        pieces = words.tokenizer.encode(text, add_special_tokens=False)
+        assert "[UNK]" not in pieces.tokens and len(pieces.ids) <= 22
+        assert not words.inner[ids[mask].numpy()].any()  # every word is one piece
+
+
+def test_classes_name_the_first_thing():
+    source = data.ShapesClasses("val", 32)
+    first = source.scene(3)["things"][0]
+    assert source[3].label == f"{first['color']} {first['shape']}"
+    assert len({known.label for known in data.known(source)}) == 48
+
+
+# ---- The downstream tasks on disk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer, means",
+    [
+        ("a dog.", "dog"), ("Two", "2"), ("isnt", "isn't"), ("The dog", "dog"), ("none", "0"), ("3.5", "3.5"),
+        ("1,000", "1000"), ("yes, sir", "yes sir"), ("black/white", "black white"), ("red?", "red"),
+        ("dont know", "don't know"), ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"),
+        ("'ows'at", "'ow's'at"), ("well", "well"),
+        (" on\tthe\n table ", "on table"), ("a.m.", "am"), ("", ""),
+    ],
+)  # fmt: skip
+def test_answers_are_compared_as_vqa_does(answer, means):
+    assert data.normalise(answer) == means
+
+
+def test_the_answer_vocabulary_holds_what_comes_nine_times():
+    majorities = ["Yes"] * 5 + ["yes."] * 4 + ["no"] * 12 + ["two"] * 8 + ["a cat"] * 9
+    assert data.answer_vocabulary(majorities) == ["no", "cat", "yes"]
+
+
+def test_soft_scores_grow_by_three_tenths_an_annotator():
+    numbers = {"dog": 0, "2": 1, "cat": 2, "red": 3}
+    scores = data.soft_scores(["a dog", "dog", "Dog.", "two", "cat", "cat", "cat", "cat", "cat", "bird"], numbers)
+    torch.testing.assert_close(scores, torch.tensor([0.9, 0.3, 1.0, 0.0]))
+
+
+def vqa(folder, subset="train2014", ids=(1, 2, 3), annotated=None, **changes):
+    """A split of VQA 2.0 in the published schema, with its pictures."""
+    questions = [{"image_id": 10 + id, "question": f"What is {id}?", "question_id": id} for id in ids]
+    given = [{"answer": "two", "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
+    annotations = [
+        {"question_type": "what is", "multiple_choice_answer": "2", "answers": given, "image_id": 10 + id,
+         "answer_type": "number", "question_id": id} for id in (ids if annotated is None else annotated)
+    ]  # fmt: skip
+    head = {"info": {"version": "2.0"}, "task_type": "Open-Ended", "data_type": "mscoco", "data_subtype": subset}
+    for id in ids:
+        picture(folder / subset / f"COCO_{subset}_{10 + id:012d}.jpg")
+    (folder / f"v2_OpenEnded_mscoco_{subset}_questions.json").write_text(
+        json.dumps(head | {"questions": questions} | changes)
+    )
+    if annotated != ():
+        (folder / f"v2_mscoco_{subset}_annotations.json").write_text(json.dumps(head | {"annotations": annotations}))
+    return folder
+
+
+def test_vqa_is_read_as_downloaded(tmp_path):
+    vqa(tmp_path)
+    source = data.read_task("vqa", [tmp_path], "train", 8)
+    file = str(tmp_path / "train2014" / "COCO_train2014_000000000012.jpg")
+    assert source[1] == data.Question(file, "What is 2?", 2, ["two"] * 10, "2", "number")
+    assert len(source) == 3 and source.image(0).size == (8, 8) and source.corpus()[0] == "What is 1?"
+    with pytest.raises(data.Absent, match="v2_OpenEnded_mscoco_val2014_questions.json: no such file"):
+        data.read_task("vqa", [tmp_path], "val", 8)
+    vqa(tmp_path, "test2015", ids=(4, 5), annotated=())
+    assert data.read_task("vqa", [tmp_path], "test", 8)[0].answers is None
+    (tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json").rename(
+        tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json"
+    )
+    assert data.read_task("vqa", [tmp_path], "test-dev", 8)[1].image.endswith("test2015/COCO_test2015_000000000015.jpg")
+
+
+def test_trainval_and_minival_share_no_image_and_lose_none(tmp_path):
+    vqa(tmp_path)
+    vqa(tmp_path, "val2014", ids=range(100, 400))
+    most, few = (data.read_task("vqa", [tmp_path], split, 8) for split in ("trainval", "minival"))
+    assert len(most) + len(few) == 303 and 0 < len(few) < 20
+    assert {most[i].image for i in range(len(most))}.isdisjoint(few[i].image for i in range(len(few)))
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"questions": [{"question": "What?", "question_id": 1}]}, "questions 0: needs image_id"),
+        ({"questions": [{"image_id": "x", "question": "What?", "question_id": 1}]}, "questions 0: needs image_id"),
+        ({"questions": [{"image_id": 11, "question": 5, "question_id": 1}]}, "question must be a text"),
+        ({"questions": 5}, 'no list of "questions"'),
+        ({"ids": (1, 2, 2)}, "question_id 2 comes twice"),
+        ({"annotated": (1, 2)}, "no answers to question 3 of v2_OpenEnded.*another split"),
+        ({"annotated": (1, 2, 3, 9)}, "answers to question 9, which v2_OpenEnded.* lacks: .*another split"),
+    ],
+)
+def test_vqa_files_that_do_not_fit_are_refused(changes, says, tmp_path):
+    vqa(tmp_path, **changes)
+    with pytest.raises(data.DataError, match=says):
+        data.read_task("vqa", [tmp_path], "train", 8)
+
+
+def test_a_question_without_its_image_is_refused(tmp_path):
+    vqa(tmp_path)
+    (tmp_path / "train2014" / "COCO_train2014_000000000012.jpg").unlink()
+    with pytest.raises(data.DataError, match="1 of the 3 images of split train are missing: .*000000000012.jpg"):
+        data.read_task("vqa", [tmp_path], "train", 8)
+
+
+def nlvr2(folder, split="dev", name="dev.json", **changes):
+    """Two statements on one set of images each, in the release's schema and layout."""
+    lines = []
+    for pair in range(2):
+        entry = {
+            "identifier": f"{split}-5-{pair}-0",
+            "sentence": "Both are red.",
+            "label": str(pair == 0),
+            "synset": "dog",
+        }
+        within = folder / split
+        if split == "train":
+            entry["directory"] = 42
+            within = within / "42"
+        for side, color in enumerate(("red", "blue")):
+            picture(within / f"{split}-5-{pair}-img{side}.png", color)
+        lines.append(json.dumps({key: value for key, value in (entry | changes).items() if value is not None}))
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_nlvr2_is_read_in_the_layout_of_its_release(tmp_path):
+    nlvr2(tmp_path, "train", "nlvr2/data/train.json")
+    nlvr2(tmp_path, "dev", "data/dev.json")
+    nlvr2(tmp_path, "test1", "test1.json")
+    train = data.read_task("nlvr2", [tmp_path], "train", 8)
+    assert train[1].image == [str(tmp_path / "train" / "42" / f"train-5-1-img{side}.png") for side in (0, 1)]
+    assert train[1][1:] == ("Both are red.", "train-5-1-0", False)
+    for split, name in (("val", "dev"), ("test", "test1")):
+        source = data.read_task("nlvr2", [tmp_path], split, 8)
+        left, right = source.image(0)
+        assert (
+            source[0].id == f"{name}-5-0-0"
+            and source[0].label
+            and left.getpixel((0, 0))[0] > 200 > right.getpixel((0, 0))[0]
+        )
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"label": None}, 'dev.json, line 1: dev-5-0-0 has no label "True" or "False"'),
+        ({"label": True}, "no label"),
+        ({"identifier": "dev-5-0-0"}, "line 2: identifier dev-5-0-0 comes twice"),
+        ({"identifier": "dev5"}, "line 1: needs an identifier"),
+        ({"sentence": None}, "line 1: needs an identifier"),
+        ({"identifier": "dev-6-0-0", "sentence": ""}, "comes twice"),
+    ],
+)
+def test_nlvr2_files_that_do_not_fit_are_refused(changes, says, tmp_path):
+    nlvr2(tmp_path, **changes)
+    with pytest.raises(data.DataError, match=says):
+        data.read_task("nlvr2", [tmp_path], "val", 8)
+
+
+def test_the_real_sentences_of_nlvr2_fit_generated_pictures(shared, tmp_path):
+    for name, split, count in (("dev", "val", 1500), ("test1", "test", 500)):
+        lines = (shared / "data" / "nlvr2" / f"{name}.json").read_text()
+        (tmp_path / f"{name}.json").write_text(lines)
+        (tmp_path / name).mkdir()
+        for entry in map(json.loads, lines.splitlines()):
+            for side in (0, 1):
+                path = tmp_path / name / f"{entry['identifier'].rsplit('-', 1)[0]}-img{side}.png"
+                if not path.exists():
+                    Image.new("RGB", (2, 2)).save(path)
+        source = data.read_task("nlvr2", [tmp_path], split, 8)
+        assert len(source) == count and all(
+            size == (2, 2) for size in (image.size for image in source.image(count - 1))
+        )
+
+
+def test_a_folder_a_class(tmp_path):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            picture(tmp_path / split / name / "1.png")
+    source = data.read_task("classify", [tmp_path], "val", 8)
+    assert [source[i].label for i in range(len(source))] == ["cat", "dog"]
+    with pytest.raises(data.Absent, match="split test is empty"):
+        data.read_task("classify", [tmp_path], "test", 8)
+    with pytest.raises(data.DataError, match="takes one folder"):
+        data.read_task("classify", [tmp_path, tmp_path], "val", 8)
+
+
+def test_examples_have_the_images_text_and_target_of_a_sample():
+    words = data.Words(data.train_tokenizer(data.Shapes("train", 0).corpus(), 512), 24)
+    source = data.ShapesStatements("train", 16)
+    target = lambda statement: torch.tensor(int(statement.label))
+    samples = data.Examples(source, words, target, 16, 0, "none", False)
+    sample = samples[0, 5]
+    assert sample["image"].shape == (2, 3, 16, 16) and sample["image"].dtype == torch.uint8
+    assert torch.equal(sample["image"][1], data.to_tensor(source.image(5)[1])) and sample["target"] == int(
+        source[5].label
+    )
+    assert torch.equal(sample["text"], words.encode(source[5].text)[0])
+    pictures = data.Examples(
+        data.ShapesClasses("train", 16), None, lambda picture: torch.tensor(0), 16, 0, "crop", True
+    )
+    assert pictures[0, 1].keys() == {"image", "target", "unreadable"} and pictures[0, 1]["image"].shape == (3, 16, 16)
 
 
 # ---- Samples and their order -----------------------------------------------------------------------------------------
@@ -400,7 +679,7 @@ def test_an_unreadable_image_is_named_and_the_next_stands_in(words, tmp_path):
     lines = [{"image": name, "captions": [name]} for name in [*broken, "good.png"]]
     source = data.read_sources([manifest(tmp_path, *lines)], "train", 8)
     sample = pairs(words, source)[(0, 0)]
-    assert [line.split(" (")[0].split("/")[-1] for line in sample["unreadable"]] == list(broken)
+    assert [line.split(" cannot be read")[0].split("/")[-1] for line in sample["unreadable"]] == list(broken)
     assert torch.equal(sample["text"], words.encode("good.png")[0]) and sample["image"].float().mean(
         (1, 2)
     ).tolist() == [0, 0, 255]
@@ -450,14 +729,14 @@ def test_an_image_folder_is_read_below_and_dealt_or_has_its_own_splits(tmp_path)
     (tmp_path / "dealt" / "notes.txt").write_text("no image")
     read = lambda folder, split: data.read_sources([tmp_path / folder], split, 8, needed=False, captions=False)
     dealt = {split: read("dealt", split) for split in ("train", "val", "test")}
-    paths = {split: [source.path(i) for i in range(len(source))] for split, source in dealt.items()}
+    paths = {split: [source[i].image for i in range(len(source))] for split, source in dealt.items()}
     assert sum(map(len, paths.values())) == len(set().union(*map(set, paths.values()))) == 200
     assert len(paths["train"]) > 180 and paths["test"] and paths["val"]
-    assert dealt["train"].captions(0) == [] and dealt["train"].image(3).size == (4, 4)
+    assert dealt["train"][0].captions == [] and dealt["train"].image(3).size == (4, 4)
     for split in ("train", "val"):
         (tmp_path / "own" / split).mkdir(parents=True)
         Image.new("RGB", (4, 4)).save(tmp_path / "own" / split / "a.png")
-    assert [source and source.path(0)[-11:] for source in (read("own", "train"), read("own", "test"))] == [
+    assert [source and source[0].image[-11:] for source in (read("own", "train"), read("own", "test"))] == [
         "train/a.png",
         None,
     ]

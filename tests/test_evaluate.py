@@ -1,7 +1,9 @@
 """Recall on matrices written by hand, and every measurement on one and several processes."""
 
+import collections
 import math
 import random
+import resource
 from pathlib import Path
 
 import pytest
@@ -12,48 +14,107 @@ import data
 import dvae
 import evaluate
 import losses
-from mome import CONFIGS, Config, VLMo
+from mome import CONFIGS, NLVR2, VQA, Classifier, Config, VLMo
 
 YES, NO = True, False
 
 
-def test_recall_by_hand():
+def test_ranks_by_hand():
     scores = torch.tensor([[0.9, 0.1, 0.2], [0.5, 0.4, 0.3], [0.1, 0.3, 0.2]])
-    relevant = torch.eye(3, dtype=torch.bool)  # ranks 1, 2, 2
-    assert evaluate.recall(scores, relevant, ks=(1, 2, 3)) == pytest.approx([100 / 3, 100, 100])
+    assert evaluate.ranks(scores, torch.eye(3, dtype=torch.bool)).tolist() == [0, 1, 1]
 
 
-def test_recall_counts_the_best_of_several_captions():
+def test_the_best_of_several_captions_counts():
     scores = torch.tensor([[0.1, 0.9, 0.5, 0.2], [0.8, 0.1, 0.3, 0.2]])
-    relevant = torch.tensor([[YES, YES, NO, NO], [NO, NO, YES, YES]])  # ranks 1, 2
-    assert evaluate.recall(scores, relevant, ks=(1, 2)) == [50, 100]
-    # a caption asks for its only image: ranks 2 (0.1 < 0.8), 1, 2, 1 (a tie between images: 0.2 = 0.2 counts against)
-    assert evaluate.recall(scores.T, relevant.T, ks=(1, 2)) == [25, 100]
+    relevant = torch.tensor([[YES, YES, NO, NO], [NO, NO, YES, YES]])
+    assert evaluate.ranks(scores, relevant).tolist() == [0, 1]
+    # a caption asks for its only image: second (0.1 < 0.8), first, second, second (a tie counts against: 0.2 = 0.2)
+    assert evaluate.ranks(scores.T, relevant.T).tolist() == [1, 0, 1, 1]
 
 
 def test_ties_count_against():
-    relevant = torch.eye(4, dtype=torch.bool)
-    assert evaluate.recall(torch.ones(4, 4), relevant, ks=(1, 3, 4)) == [0, 0, 100]
+    assert evaluate.ranks(torch.ones(4, 4), torch.eye(4, dtype=torch.bool)).tolist() == [3] * 4
     tied = torch.tensor([[0.7, 0.7], [0.0, 0.7]])
-    assert evaluate.recall(tied, torch.eye(2, dtype=torch.bool), ks=(1, 2)) == [50, 100]
+    assert evaluate.ranks(tied, torch.eye(2, dtype=torch.bool)).tolist() == [1, 0]
 
 
 def test_relevant_columns_that_tie_do_not_stand_in_each_others_way():
-    scores, relevant = torch.tensor([[0.5, 0.5, 0.1]]), torch.tensor([[YES, YES, NO]])
-    assert evaluate.recall(scores, relevant, ks=(1,)) == [100]
+    assert evaluate.ranks(torch.tensor([[0.5, 0.5, 0.1]]), torch.tensor([[YES, YES, NO]])).tolist() == [0]
 
 
 def test_a_score_that_is_not_a_number_finds_nothing():
-    scores = torch.full((2, 2), torch.nan)
-    assert evaluate.recall(scores, torch.eye(2, dtype=torch.bool), ks=(1,)) == [0]
+    assert evaluate.ranks(torch.full((2, 2), torch.nan), torch.eye(2, dtype=torch.bool)).tolist() == [1, 1]
 
 
-def test_retrieval_recall_names_both_ways_and_their_mean():
-    scores = torch.tensor([[0.9, 0.8, 0.1, 0.0], [0.2, 0.85, 0.7, 0.6]])
-    relevant = torch.tensor([[YES, YES, NO, NO], [NO, NO, YES, YES]])
-    results = evaluate.retrieval_recall(scores, relevant)
-    assert results["TR@1"] == 50 and results["IR@1"] == 75 and results["TR@5"] == results["IR@10"] == 100
-    assert results["mean"] == pytest.approx((50 + 100 + 100 + 75 + 100 + 100) / 6)
+def test_recall_names_both_ways_and_their_mean():
+    results = evaluate.recall(torch.tensor([0, 4]), torch.tensor([0, 0, 9, 10]))
+    assert results == {"TR@1": 50, "TR@5": 100, "TR@10": 100, "IR@1": 50, "IR@5": 50, "IR@10": 75, "mean": 425 / 6}
+
+
+def gallery(images=50, captions=117, dim=16, seed=0):
+    """Features that tie now and then, and which belong together: 2 or 3 captions an image."""
+    rng = torch.Generator().manual_seed(seed)
+    image, text = (torch.randint(-1, 2, (n, dim), generator=rng).float() for n in (images, captions))
+    return image, text, torch.stack([torch.arange(captions) % images, torch.arange(captions)])
+
+
+def searched(block=7):
+    image, text, relevant = gallery()
+    return [
+        evaluate.search(image, text, relevant, block=block),
+        evaluate.search(text, image, relevant.flip(0), block=block),
+    ]
+
+
+def test_blocks_and_processes_give_the_ranks_of_the_whole_matrix(many):
+    image, text, (i, n) = gallery()
+    relevant = torch.zeros(50, 117, dtype=torch.bool)
+    relevant[i, n] = True
+    whole = evaluate.ranks(image @ text.T, relevant), evaluate.ranks(text @ image.T, relevant.T)
+    assert 0 < (whole[0] == 0).sum() < 50
+    for found in [searched(block) for block in (1, 7, 50, 1000)] + [answer["search"] for answer in many]:
+        assert all(torch.equal(a, b) for a, b in zip(found, whole))
+
+
+def memory_of_search(dim=32):
+    """Searches as many images and captions as COCO 5K has → by how many MB the peak of this process's memory rises."""
+    image, text = torch.randn(5000, dim), torch.randn(25_010, dim)
+    relevant = torch.stack([torch.arange(25_010) % 5000, torch.arange(25_010)])
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak()
+    found = evaluate.search(image, text, relevant), evaluate.search(text, image, relevant.flip(0))
+    assert [len(ranks) for ranks in found] == [5000, 25_010]
+    return peak() - before
+
+
+def test_ranking_5000_images_and_25010_captions_takes_less_than_a_gigabyte(many):
+    assert all(0 < answer["memory"] < 1000 for answer in many if "memory" in answer)
+
+
+def test_reordering_by_hand():
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0], [0.0, 5.0, 5.5, 6.0]])
+    odds = torch.tensor(
+        [[0.0, 2.0, 9.0, 9.0], [9.0, 9.0, 0.0, -3.0]]
+    )  # the third and fourth, first and second are not asked
+    asked = lambda row, column: odds[row, column]
+    new = evaluate.reorder(scores, 2, asked)
+    assert new.argsort(1, descending=True).tolist() == [[1, 0, 2, 3], [2, 3, 1, 0]]  # 5 > 4; 5.5 > 3
+    assert evaluate.reorder(scores, 9, asked).argsort(1, descending=True).tolist() == [[2, 3, 1, 0], [1, 0, 2, 3]]
+
+
+@pytest.fixture(scope="module")
+def many(processes, tmp_path_factory):
+    """What each of two, and each of three, processes measures."""
+    folder = str(tmp_path_factory.mktemp("texts"))
+    return [answer for world in (2, 3) for answer in processes(world, everything, folder)]
+
+
+def everything(folder):
+    answers = (
+        {"memory": memory_of_search()} if losses.world() == 2 else {}
+    )  # first: later the peak is of something else
+    answers |= {"search": searched(), "retrieval": searches(True, 3, 4), "patches": masked_patches()}
+    return answers | {"words": results_alone(folder)} | {name: logits(name, 2) for name in TASKS}
 
 
 class Source:
@@ -68,53 +129,159 @@ class Source:
     def image(self, i):
         return Image.new("RGB", (20, 30), (30 * i, 200 - 20 * i, 90))
 
-    def captions(self, i):
-        return ["alike"] if i in (2, 5) else [f"picture {i}", f"the {i} of them"][: 1 + i % 2]
+    def __getitem__(self, i):
+        captions = ["alike"] if i in (2, 5) else [f"picture {i}", f"the {i} of them"][: 1 + i % 2]
+        return data.Picture(None, captions, str(i))
 
 
-def scores_and_relevance(by_text, batch=3):
-    """What evaluate.retrieval hands to the metric, from a random tiny model."""
+def searches(by_text, batch=3, rerank=0):
+    """What evaluate.retrieval searches, and what it answers, from a random tiny model."""
     torch.manual_seed(0)
-    words = data.Words(data.train_tokenizer([c for i in range(7) for c in Source(True).captions(i)], 60), 32)
-    model = VLMo(CONFIGS["tiny"])
-    seen = []
-    evaluate.retrieval_recall = lambda scores, relevant: seen.append((scores, relevant)) or {}
-    evaluate.retrieval(model, Source(by_text), words, "cpu", batch)
-    return seen[0]
+    words = data.Words(data.train_tokenizer([c for i in range(7) for c in Source(True)[i].captions], 60), 32)
+    model, seen, real = VLMo(CONFIGS["tiny"]), [], evaluate.search
+    evaluate.search = lambda *parts: seen.append(parts[:3]) or real(*parts)
+    try:
+        results = evaluate.retrieval(model, Source(by_text), words, "cpu", batch, rerank)
+    finally:
+        evaluate.search = real
+    return *seen[0], results
 
 
 @pytest.mark.parametrize("by_text", [True, False])
-def test_a_caption_of_several_pictures_is_right_for_all_or_for_its_own(by_text, monkeypatch):
-    monkeypatch.setattr(evaluate, "retrieval_recall", evaluate.retrieval_recall)
-    _, relevant = scores_and_relevance(by_text)
+def test_a_caption_of_several_pictures_is_right_for_all_or_for_its_own(by_text):
+    _, _, pairs, _ = searches(by_text)
     owners = [0, 1, 1, 2, 3, 3, 4, 5, 6]
-    expected = torch.tensor([[owner == i or (by_text and {owner, i} == {2, 5}) for owner in owners] for i in range(7)])
-    assert torch.equal(relevant, expected)
+    expected = {
+        (i, n) for n, own in enumerate(owners) for i in range(7) if own == i or (by_text and {own, i} == {2, 5})
+    }
+    assert set(map(tuple, pairs.T.tolist())) == expected
 
 
-def test_retrieval_is_the_same_on_one_and_three_processes_and_in_any_batch(processes, monkeypatch):
-    monkeypatch.setattr(evaluate, "retrieval_recall", evaluate.retrieval_recall)
-    scores, relevant = scores_and_relevance(True)
-    alone, _ = scores_and_relevance(True, batch=1)
-    torch.testing.assert_close(alone, scores, atol=1e-5, rtol=0)
-    for many, relevant_many in processes(3, scores_and_relevance, True):
-        torch.testing.assert_close(many, scores, atol=1e-5, rtol=0)
-        assert torch.equal(relevant_many, relevant)
+def test_retrieval_is_the_same_on_any_number_of_processes_and_in_any_batch(many):
+    image, text, _, results = searches(True, rerank=4)
+    for other_image, other_text, _, other in [searches(True, 1, 4), *(answer["retrieval"] for answer in many)]:
+        torch.testing.assert_close(other_image, image, atol=1e-5, rtol=0)
+        torch.testing.assert_close(other_text, text, atol=1e-5, rtol=0)
+        assert other == results and len(results) == 14
 
 
-def test_mixed_precision_does_not_round_the_scores(monkeypatch):
-    monkeypatch.setattr(evaluate, "retrieval_recall", evaluate.retrieval_recall)
+def test_mixed_precision_does_not_round_the_scores():
+    image, text = torch.eye(2), torch.tensor([[1.0, 0.0], [1.001, 0.0]])  # alike in bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        scores, _ = scores_and_relevance(True)
-    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
+        assert evaluate.search(image[:1], text, torch.tensor([[0], [1]])).tolist() == [0]
+
+
+def test_reranking_asks_the_itm_head_about_the_best(monkeypatch):
+    """With log-odds that know the truth, the right pair comes first wherever it is among the K best."""
+    torch.manual_seed(0)
+    words = data.Words(data.train_tokenizer([c for i in range(7) for c in Source(True)[i].captions], 60), 32)
+    said, asked = collections.defaultdict(set), []
+    for i in range(7):
+        for caption in Source(True)[i].captions:
+            said[tuple(words.encode(caption)[0].tolist())].add(i)
+
+    def knows(model, images, texts, masks, device, batch):
+        asked.append(len(images))
+        red = [int(image[0, 0, 0]) for image in images]  # 30 times the picture's number
+        texts = [tuple(row.tolist() + [words.pad] * (32 - len(row))) for row in texts]
+        return torch.tensor([1000.0 * (value // 30 in said[text]) for value, text in zip(red, texts)])
+
+    monkeypatch.setattr(evaluate, "matching", knows)
+    results = evaluate.retrieval(VLMo(CONFIGS["tiny"]), Source(True), words, "cpu", rerank=9)
+    assert results["reranked TR@1"] == results["reranked IR@1"] == 100 > results["TR@1"]
+    assert asked == [7 * 9, 9 * 7]
 
 
 def test_an_unreadable_picture_is_an_error(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
-    source = data.Records([(tmp_path / "a.png", ["a"], "a")])
+    source = data.Records(data.Picture, [(tmp_path / "a.png", ["a"], "a")])
     words = data.Words(data.train_tokenizer(["a"], 20), 32)
     with pytest.raises(data.DataError, match="a.png cannot be read"):
         evaluate.retrieval(VLMo(CONFIGS["tiny"]), source, words, "cpu")
+
+
+# ---- Questions, statements, classes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer, answers, accuracy",
+    [
+        ("dog", ["dog"] * 3 + ["cat"] * 7, 0.9),  # (3 · 2/3 + 7 · 1) / 10
+        ("dog", ["dog"] * 1 + ["cat"] * 9, 0.3),
+        ("dog", ["dog"] * 2 + ["cat"] * 8, 0.6),  # (2 · 1/3 + 8 · 2/3) / 10
+        ("dog", ["dog"] * 4 + ["cat"] * 6, 1.0),
+        ("bird", ["dog"] * 4 + ["cat"] * 6, 0.0),
+        ("two", ["2"] * 10, 1.0),
+        ("a dog.", ["dog"] * 10, 1.0),
+        ("isnt", ["isn't"] * 10, 1.0),
+        ("dog", ["A dog", "dog.", "the dog"] + ["cat"] * 7, 0.9),
+    ],
+)
+def test_vqa_accuracy_by_hand(answer, answers, accuracy):
+    assert evaluate.vqa_accuracy(answer, answers) == pytest.approx(accuracy)
+
+
+def test_vqa_accuracies_by_type_beside_the_best_constant():
+    question = lambda answer, kind: data.Question(None, "?", 0, [answer] * 10, answer, kind)
+    asked = [question(*known) for known in [("yes", "yes/no"), ("yes", "yes/no"), ("no", "yes/no"), ("2", "number")]]
+    results = evaluate.vqa_accuracies(["yes", "no", "no", "two"], asked)
+    assert results == pytest.approx({
+        "accuracy": 75, "yes/no": 200 / 3, "yes/no, best constant": 200 / 3, "number": 100, "number, best constant": 100
+    })  # fmt: skip
+
+
+def test_nlvr2_consistency_wants_all_pairs_of_a_statement():
+    statement = lambda id, label: data.Statement(None, "s", id, label)
+    known = [
+        statement(*k) for k in [("dev-1-0-0", True), ("dev-1-1-0", False), ("dev-1-0-1", True), ("dev-2-0-0", True)]
+    ]
+    results = evaluate.nlvr2_accuracies([True, True, True, True], known)
+    assert results == pytest.approx({"accuracy": 75, "consistency": 200 / 3})
+
+
+TASKS = {
+    "vqa": lambda model: (VQA(model, 7), data.ShapesQuestions("val", 48)),
+    "nlvr2": lambda model: (NLVR2(model), data.ShapesStatements("val", 48)),
+    "classify": lambda model: (Classifier(model, 48), data.ShapesClasses("val", 48)),
+}
+
+
+class Ten:
+    """The first ten samples of a source: they fill no batch and no process's share."""
+
+    def __init__(self, source):
+        self.source, self.image = source, source.image
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        return self.source[i]
+
+
+def logits(name, batch, length=24):
+    """A random model's predictions on ten samples, and the logits behind those that this process made."""
+    torch.manual_seed(1)
+    words = data.Words(data.train_tokenizer(data.Shapes("train", 0).corpus(), 512), length)
+    module, source = TASKS[name](VLMo(CONFIGS["tiny"]))
+    for parameter in module.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    seen, numbers, real = {}, [], evaluate.pixels
+    evaluate.pixels = lambda source, wanted, size: numbers.extend(wanted) or real(source, wanted, size)
+    module.register_forward_hook(lambda module, inputs, out: seen.update(zip(numbers[-len(out) :], out)))
+    predicted = evaluate.predict(module, Ten(source), None if name == "classify" else words, "cpu", batch)
+    evaluate.pixels = real
+    return [predicted, seen]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_predictions_depend_on_no_batch_no_padding_and_no_number_of_processes(name, many):
+    predicted, whole = logits(name, 10)
+    assert len(predicted) == len(whole) == 10 and not torch.allclose(whole[0], whole[1], atol=1e-2)
+    for other, some in [logits(name, 1), logits(name, 3), logits(name, 10, length=22), *(one[name] for one in many)]:
+        assert torch.equal(other, predicted) and len(some) >= 2
+        for number in some:
+            torch.testing.assert_close(some[number], whole[number], atol=1e-5, rtol=0)
 
 
 # ---- Stages image and text -------------------------------------------------------------------------------------------
@@ -156,7 +323,7 @@ def masked_patches():
     return evaluate.masked_patches(model, model, Codes(), source, "cpu")
 
 
-def test_masked_patches_counts_what_is_found(processes):
+def test_masked_patches_counts_what_is_found(many):
     results = masked_patches()
     masks = torch.stack([data.mask_blocks(4, random.Random(f"mask {i}")) for i in range(30)])
     codes = Codes().encode(masks)
@@ -168,7 +335,7 @@ def test_masked_patches_counts_what_is_found(processes):
     assert results["perplexity"] == pytest.approx(math.exp(wrong / masks.sum()), rel=1e-4)
     near = evaluate.nearest_visible(codes, masks)
     assert results["nearest visible"] == pytest.approx(100 * (near == codes)[masks].sum() / masks.sum())
-    assert all(answer == pytest.approx(results) for answer in processes(2, masked_patches))
+    assert all(answer["patches"] == pytest.approx(results) for answer in many)
 
 
 class Reader(torch.nn.Module):
@@ -192,12 +359,12 @@ def masked_words(folder):
 
 
 def results_alone(folder):
-    folder = f"{folder}/{losses.rank()}"
+    folder = f"{folder}/{losses.world()}-{losses.rank()}"
     Path(folder).mkdir()
     return masked_words(folder)[0]
 
 
-def test_masked_words_counts_what_is_found_beside_the_unigrams(tmp_path, processes):
+def test_masked_words_counts_what_is_found_beside_the_unigrams(tmp_path, many):
     results, test, words = masked_words(tmp_path)
     samples = [test[0, i] for i in range(len(test))]
     masked, labels = (torch.stack([sample[name] for sample in samples]) for name in ("masked", "labels"))
@@ -211,7 +378,7 @@ def test_masked_words_counts_what_is_found_beside_the_unigrams(tmp_path, process
     share = {red: 4 / (4 + words.size), blue: 2 / (4 + words.size)}  # 3 and 1 of 4, one added to each of the vocabulary
     unigram = -sum(math.log(share[label]) for label in labels.tolist()) / len(labels)
     assert results["unigram perplexity"] == pytest.approx(math.exp(unigram), rel=1e-4)
-    assert all(answer == pytest.approx(results) for answer in processes(2, results_alone, str(tmp_path)))
+    assert all(answer["words"] == pytest.approx(results) for answer in many)
 
 
 def test_a_diverged_or_empty_measurement_is_infinite_not_an_error():
