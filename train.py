@@ -68,12 +68,9 @@ def recipe(stage, config):
     return {"max_text_len": CONFIGS[config].max_text_len, "save_every": 1000} | published
 
 
-OPTIMIZERS = {  # betas, weight decay, decay of the learning rate
-    "dvae": ((0.9, 0.99), 0.0, "cosine"),
-    "image": ((0.9, 0.999), 0.05, "cosine"),
-    "text": ((0.9, 0.98), 0.01, "linear"),
-    "vl": ((0.9, 0.98), 0.01, "linear"),
-}
+# Betas, weight decay, decay of the learning rate; those of stages text and vl serve for fine-tuning, too.
+OPTIMIZERS = {"dvae": ((0.9, 0.99), 0.0, "cosine"), "image": ((0.9, 0.999), 0.05, "cosine")}
+OPTIMIZER = ((0.9, 0.98), 0.01, "linear")
 
 
 # ---- The stages ------------------------------------------------------------------------------------------------------
@@ -251,6 +248,8 @@ class Job(NamedTuple):
     measure: Callable  # split → {name: number}
     note: str = ""
     kept: dict = {}  # goes into the checkpoint as it is
+    best: str = ""  # the number by which the best checkpoint on split val is kept, too
+    factor: float = 1.0  # of the head's learning rate
 
 
 def set_up_dvae(args, here, config, start):
@@ -318,7 +317,7 @@ def set_up_text(args, here, config, start):
     if config.max_text_len < 3:
         raise runtime.UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
     documents = lambda: data.read_documents(args.data)
-    corpus = lambda: [text for split, text in itertools.islice(documents(), 10**6) if split == "train"]
+    corpus = lambda: data.text_corpus(args.data)
     tokenizer = make_tokenizer(args, here, start, corpus, config.vocab_size)
     config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
     words = data.Words(tokenizer, config.max_text_len)
@@ -449,16 +448,41 @@ ONLY |= {
 }
 
 
-def parse():
-    parser = runtime.Parser(__doc__)
-    group = parser.add_argument_group("run")
-    group.add_argument("--stage", choices=list(STAGES), default="vl", help="[vl]")
-    group.add_argument("--out", metavar="DIR", help="for last.pt, metrics.jsonl, config.json [runs/STAGE]")
+def run_flags(group, name):
+    """Flags of every run, here and in finetune.py."""
+    group.add_argument("--out", metavar="DIR", help=f"for last.pt, metrics.jsonl, config.json [runs/{name}]")
     group.add_argument("--init", metavar="FILE", help="start from this checkpoint: of the stage before, or any")
     group.add_argument("--resume", action="store_true", help="continue the run in --out if there is one, else start it")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--save-every", type=int, metavar="STEPS", help="[1000; for tiny 100]")
     group.add_argument("--log-every", type=int, default=20, metavar="STEPS", help="[%(default)s]")
+
+
+def data_flags(group, augmentation):
+    group.add_argument("--vocab", metavar="FILE", help="vocab.txt or tokenizer.json [that of --init, or a new one]")
+    group.add_argument("--augment", choices=data.AUGMENTATIONS, help=augmentation)
+    group.add_argument("--flip", action="store_true", help="mirror half the images: not where texts say left and right")
+    group.add_argument("--workers", type=int, metavar="N", help="loader processes per training process [by the cores]")
+
+
+def optimization_flags(group, clip):
+    group.add_argument(
+        "--accumulate", type=int, default=1, metavar="A", help="split a step into A passes; negatives come from one"
+    )
+    group.add_argument("--clip", type=float, metavar="NORM", help=f"clip the gradient's norm; 0 = off {clip}")
+
+
+def speed_flags(parser):
+    group = parser.add_argument_group("speed")
+    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision [off]")
+    group.add_argument("--compile", action="store_true", help="compile the blocks")
+
+
+def parse():
+    parser = runtime.Parser(__doc__)
+    group = parser.add_argument_group("run")
+    group.add_argument("--stage", choices=list(STAGES), default="vl", help="[vl]")
+    run_flags(group, "STAGE")
     group.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="measure on split val [0: never]")
 
     group = parser.add_argument_group("data")
@@ -470,35 +494,23 @@ def parse():
         "--dvae", metavar="FILE", help="stage image: the tokenizer, of --stage dvae [one is trained first]"
     )
     group.add_argument("--codes", type=int, metavar="K", help="of a new dVAE's codebook [8192; tiny 256]")
-    group.add_argument("--vocab", metavar="FILE", help="vocab.txt or tokenizer.json [that of --init, or a new one]")
-    group.add_argument(
-        "--augment", choices=data.AUGMENTATIONS, help="[vl: randaugment, the paper's; dvae, image: crop; shapes: none]"
-    )
-    group.add_argument(
-        "--flip", action="store_true", help="mirror half the images: not where captions say left and right"
-    )
-    group.add_argument("--workers", type=int, metavar="N", help="loader processes per training process [by the cores]")
+    data_flags(group, "[vl: randaugment, the paper's; dvae, image: crop; shapes: none]")
 
     group = parser.add_argument_group(
         "optimization", "defaults follow --stage and --config; in brackets the paper's for stages image · text · vl"
     )
     group.add_argument("--batch-size", type=int, metavar="B", help="of a step, over all processes [2048 · 1024 · 1024]")
-    group.add_argument(
-        "--accumulate", type=int, default=1, metavar="A", help="split a step into A passes; negatives come from one"
-    )
     group.add_argument("--steps", type=int, help="[500000 · 500000, large 200000 · 200000]")
     group.add_argument("--warmup", type=int, metavar="STEPS", help="[10000 · 2500 · 2500]")
     group.add_argument("--lr", type=float, help="peak learning rate [1.5e-3 · 2e-4 · 2e-4, large 5e-5]")
-    group.add_argument("--clip", type=float, metavar="NORM", help="clip the gradient's norm; 0 = off [3 · off · off]")
+    optimization_flags(group, "[3 · off · off]")
     group.add_argument("--itc-weight", type=float, default=1.0, metavar="W", help="0 drops the loss (default 1)")
     group.add_argument("--itm-weight", type=float, default=1.0, metavar="W", help="(default 1)")
     group.add_argument("--mlm-weight", type=float, default=0.25, metavar="W", help="(default 0.25)")
     group.add_argument("--kl-weight", type=float, metavar="W", help="of a new dVAE (default 0.002)")
     group.add_argument("--negatives", choices=["global", "local"], default="global", help="hard negatives: Table 6")
 
-    group = parser.add_argument_group("speed")
-    group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision [off]")
-    group.add_argument("--compile", action="store_true", help="compile the blocks")
+    speed_flags(parser)
 
     group = parser.add_argument_group("architecture", "--config, and any field of it; in brackets each config's value")
     group.add_argument("--config", choices=list(CONFIGS), help="[tiny, or that of --init]")
@@ -537,20 +549,29 @@ def resolve(args, start):
 
 
 def check(args, here):
-    """UserError for numbers that do not fit."""
-    if min(args.batch_size, args.accumulate, args.steps, args.save_every, args.log_every) < 1:
-        raise runtime.UserError("--batch-size, --accumulate, --steps, --save-every and --log-every must be at least 1")
-    if min(args.seed, args.warmup, args.eval_every, args.workers or 0) < 0:
-        raise runtime.UserError("--seed, --warmup, --eval-every and --workers must not be negative")
+    """UserError for numbers of a stage that do not fit."""
+    check_run(args, here)
+    if args.steps < 1 or args.warmup < 0:
+        raise runtime.UserError("--steps must be at least 1, --warmup not negative")
     if args.dvae and (args.codes, args.kl_weight) != (None, None):
         raise runtime.UserError("--codes and --kl-weight are of a new dVAE: they do not go with --dvae")
     if args.codes is not None and args.codes < 2:
         raise runtime.UserError("--codes must be at least 2")
     factors = (args.itc_weight, args.itm_weight, args.mlm_weight)
-    if not all(math.isfinite(value) and value >= 0 for value in (args.lr, args.clip, args.kl_weight or 0, *factors)):
-        raise runtime.UserError("--lr, --clip and the losses' weights must be finite and not negative")
+    if not all(math.isfinite(value) and value >= 0 for value in (args.kl_weight or 0, *factors)):
+        raise runtime.UserError("the losses' weights must be finite and not negative")
     if not any(factors):
         raise runtime.UserError("the losses' weights must not all be 0")
+
+
+def check_run(args, here):
+    """UserError for numbers of any run that do not fit."""
+    if min(args.batch_size, args.accumulate, args.save_every, args.log_every) < 1:
+        raise runtime.UserError("--batch-size, --accumulate, --save-every and --log-every must be at least 1")
+    if min(args.seed, args.eval_every or 0, args.workers or 0) < 0:
+        raise runtime.UserError("--seed, --eval-every and --workers must not be negative")
+    if not all(math.isfinite(value) and value >= 0 for value in (args.lr, args.clip)):
+        raise runtime.UserError("--lr and --clip must be finite and not negative")
     if args.batch_size % (here.world * args.accumulate):
         parts = f"{here.world} processes × {args.accumulate} passes (--accumulate)"
         raise runtime.UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
@@ -589,7 +610,7 @@ class Unreadable:
         """Takes the list of files out of a batch."""
         files = batch.pop("unreadable")
         for file in sorted(set(files) - self.files):
-            tqdm.write(f"unreadable image, another stands in: {file}")
+            tqdm.write(f"{file}; another stands in")
             self.files.add(file)
         if len(self.files) > self.limit or not batch:
             reason = f"more than {self.limit}" if batch else f"{data.IN_A_ROW} in a row"
@@ -626,31 +647,44 @@ def continue_from(start, job, described, here, optimizer, scaler):
     return done
 
 
+def read_start(args, here, kind=Config):
+    """The checkpoint that a run goes on with (--resume) or begins from (--init), or None."""
+    last = Path(args.out, "last.pt")
+    resumed = here.from_main(lambda: args.resume and last.exists())
+    path = last if resumed else args.init
+    if not path:
+        return None
+    start = Start(Path(path), *evaluate.read_checkpoint(path, kind), resumed)
+    if resumed and start.content["stage"] != args.stage:
+        raise runtime.UserError(f"{last} is of stage {start.content['stage']}: give stage {args.stage} another --out")
+    return start
+
+
 def train(args, here):
     """Runs one stage → the path of its last checkpoint."""
-    out, last = Path(args.out), Path(args.out, "last.pt")
-    resumed = here.from_main(lambda: args.resume and last.exists())
-    start, path = None, last if resumed else args.init
-    if path:
-        kind = dvae.DVAEConfig if args.stage == "dvae" else Config
-        start = Start(Path(path), *evaluate.read_checkpoint(path, kind), resumed)
-        if resumed and start.content["stage"] != args.stage:
-            raise runtime.UserError(
-                f"{last} is of stage {start.content['stage']}: give stage {args.stage} another --out"
-            )
+    start = read_start(args, here, dvae.DVAEConfig if args.stage == "dvae" else Config)
     config = resolve(args, start)
     check(args, here)
-    job = STAGES[args.stage](args, here, config, start)
+    return run(args, here, STAGES[args.stage](args, here, config, start), start)
+
+
+def run(args, here, job, start):
+    """The loop of every stage and task → the path of the last checkpoint."""
+    out, last, best = Path(args.out), Path(args.out, "last.pt"), Path(args.out, "best.pt")
+    resumed = bool(start and start.resumed)
 
     # Model, optimizer
     stage, model = job.stage.to(here.device), job.stage.model
-    betas, weight_decay, decay = OPTIMIZERS[args.stage]
-    optimizer, scaler, done = runtime.optimizer(stage, weight_decay, betas), here.scaler(), 0
+    betas, weight_decay, decay = OPTIMIZERS.get(args.stage, OPTIMIZER)
+    optimizer = runtime.optimizer(stage, weight_decay, betas, stage.head, job.factor)
+    scaler, done, record = here.scaler(), 0, -math.inf
     described = {"stage": args.stage, "args": vars(args) | {"out": str(out)}, "processes": here.world}
     described["config"] = dataclasses.asdict(job.config)
     if resumed:
         done = continue_from(start, job, described, here, optimizer, scaler)
-    start = None  # a second copy of everything
+        record = runtime.load(best)["record"] if here.from_main(best.exists) else record
+    if start:
+        start.content.clear()  # a second copy of everything
     if args.compile:  # blocks share their code: kinds of input × lower, last, fusing × training or not
         torch._dynamo.config.recompile_limit = 64
         for block in model.blocks:
@@ -682,7 +716,7 @@ def train(args, here):
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         files = here.mean(torch.tensor(float(len(unreadable.files)), device=here.device)) * here.world
         rate = {f"{job.unit}_per_s": args.batch_size * len(rows) / seconds}
-        metrics.write(step=step, **values, lr=optimizer.param_groups[0]["lr"], **rate, unreadable=round(files))
+        metrics.write(step=step, **values, lr=lr, **rate, unreadable=round(files))
         shown = [*stage.weights, "gradient norm"]
         bar.set_postfix({name: f"{values[name]:.2f}" for name in shown}, refresh=False)
         history.clear()
@@ -696,14 +730,21 @@ def train(args, here):
         clock += time.perf_counter() - began  # the rate is that of training
         if here.main:
             bar.write(f"step {step}, split {split}: {evaluate.line(results)}")
+        return results
+
+    def save(path, step, *parts):
+        state = {"model": weights.learned(model, taken), "tokenizer": job.tokenizer and job.tokenizer.to_str()}
+        state |= {name: part.state_dict() for name, part in (("head", stage.head), *parts)}
+        runtime.save(path, described | state | job.kept | {"step": step, "record": record})
 
     batches = loader(args, here, job.samples, done * args.accumulate)
     bar = tqdm(total=args.steps, initial=done, disable=not here.main, unit="step", mininterval=1)
     stage.train()
     for step in range(done + 1, args.steps + 1):
         runtime.seed_all(args.seed, step, here.rank)  # drop-path and negatives; the data have seeds of their own
+        lr = runtime.learning_rate(step, args.steps, args.warmup, args.lr, decay)
         for group in optimizer.param_groups:
-            group["lr"] = runtime.learning_rate(step, args.steps, args.warmup, args.lr, decay)
+            group["lr"] = group["factor"] * lr
         stage.progress = step / args.steps
         row = 0
         for part in range(args.accumulate):
@@ -725,17 +766,25 @@ def train(args, here):
         history.append(torch.cat([row, norm[None]]))
         bar.update()
 
-        if step % args.log_every == 0 or step % args.save_every == 0 or step == args.steps:
+        saves = step % args.save_every == 0 or step == args.steps
+        if step % args.log_every == 0 or saves:
             log(step)
-        if here.main and (step % args.save_every == 0 or step == args.steps):
-            parts = {"head": stage.head, "optimizer": optimizer, "scaler": scaler}
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"model": weights.learned(model, taken), "tokenizer": job.tokenizer and job.tokenizer.to_str()}
-            runtime.save(last, described | state | job.kept | {"step": step})
-        if args.eval_every and step % args.eval_every == 0:
-            measure("val", step)
+        if here.main and saves:
+            save(last, step, ("optimizer", optimizer), ("scaler", scaler))
+        if args.eval_every and (step % args.eval_every == 0 or job.best and step == args.steps):
+            results = measure("val", step)
+            if job.best and results[job.best] > record:
+                record = results[job.best]
+                if here.main:
+                    save(best, step)
     bar.close()
     if "test" in job.splits:
+        if job.best and args.eval_every:
+            here.meet()
+            content = runtime.load(best)
+            model.load_state_dict(model.state_dict() | content["model"])
+            stage.head.load_state_dict(content["head"])
+            here.print(f"{best} is of step {content['step']}, the best on val by {job.best}; of it:")
         measure("test", args.steps)
     here.meet()  # process 0 has saved
     here.print(f"{last} holds the model")
