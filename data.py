@@ -288,6 +288,9 @@ class Records:
         path = self[i].image
         return read_image(path) if isinstance(path, str) else tuple(map(read_image, path))
 
+    def count_captions(self):
+        return sum(len(self[i].captions) for i in range(len(self)))
+
     def corpus(self):
         captions = (lambda record: record.captions) if self.kind is Picture else (lambda record: [record.text])
         return [text for i in range(len(self)) for text in captions(self[i])]
@@ -442,6 +445,13 @@ class Absent(DataError):
     """Data without the split that was asked for."""
 
 
+def subset(splits, split):
+    """What `splits` calls a split. Absent if it has none of that name."""
+    if split not in splits:
+        raise Absent(f"there is no split {split}, but {', '.join(splits)}")
+    return splits[split]
+
+
 class Question(NamedTuple):
     """Of VQA 2.0. The last three are None where they are not published (test2015)."""
 
@@ -453,7 +463,7 @@ class Question(NamedTuple):
     kind: str  # "yes/no", "number" or "other"
 
 
-VQA = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
+VQA_SUBSETS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
 
 
 def read_questions(folder, split):
@@ -465,7 +475,7 @@ def read_questions(folder, split):
         yield from read_questions(folder, "train")
         yield from (record for record in read_questions(folder, "val") if dealt(record[0].name) != "val")
     else:
-        yield from join_answers(*read_vqa(folder, VQA[split]))
+        yield from join_answers(*read_vqa(folder, subset(VQA_SUBSETS, split)))
 
 
 def read_vqa(folder, subset):
@@ -539,12 +549,12 @@ class Statement(NamedTuple):
     label: bool
 
 
-NLVR2 = {"train": "train", "val": "dev", "test": "test1"}
+NLVR2_FILES = {"train": "train", "val": "dev", "dev": "dev", "test": "test1", "test1": "test1"}
 
 
 def read_statements(folder, split):
     """A split of NLVR2, in the layout of its release: train's images in numbered folders, dev's and test1's in one."""
-    name, seen = NLVR2[split], set()
+    name, seen = subset(NLVR2_FILES, split), set()
     places = [Path(folder, below, f"{name}.json") for below in ("", "data", "nlvr2/data")]
     path, root = next((place for place in places if place.exists()), None), first_with(name, folder)
     if path is None:
@@ -587,11 +597,11 @@ def read_task(task, data, split, image_size, seed=0):
         "classify": (Labelled, read_classes, ShapesClasses),
     }[task]
     if list(data) == ["shapes"]:
-        if split not in SPLITS:
-            raise Absent(f"the built-in world has splits {', '.join(SPLITS)}, not {split}")
         return world(split, image_size, seed)
-    if len(data) > 1 or not Path(data[0]).is_dir():
+    if len(data) > 1:
         raise DataError(f"--data {' '.join(map(str, data))}: task {task} takes one folder")
+    if not Path(data[0]).is_dir():
+        raise DataError(f"--data {data[0]}: no such folder")
     source = Records(kind, read(data[0], split))
     refuse_missing(source, split)
     if not len(source):
@@ -599,10 +609,10 @@ def read_task(task, data, split, image_size, seed=0):
     return source
 
 
-def known(source):
-    """What is known of the samples of a source, to collect its answers or classes from: of all on disk, of the first
-    5,000 in the built-in world, which have every one."""
-    return (source[i] for i in range(len(source) if isinstance(source, Records) else 5000))
+def samples(source):
+    """The samples of a source, to collect its answers or classes from: all on disk, the first 5,000 of the built-in
+    world, which have every one."""
+    return (source[i] for i in range(len(source) if isinstance(source, Records) else min(len(source), 5000)))
 
 
 # ---- Answers (VQA 2.0) -----------------------------------------------------------------------------------------------
@@ -623,6 +633,7 @@ APOSTROPHES = {  # a contraction that lacks one of its apostrophes → the contr
 }
 
 
+@functools.lru_cache(100_000)
 def normalise(answer):
     """An answer as VQA 2.0's evaluation compares them: lower case; without articles, punctuation, and periods but in
     numbers; numbers to ten as digits; contractions with their apostrophes."""
@@ -752,7 +763,7 @@ class Shapes:
     """
 
     def __init__(self, split, image_size, seed=0, count=None):
-        self.split, self.image_size, self.seed, self.count = split, image_size, seed, count or SPLITS[split]
+        self.split, self.image_size, self.seed, self.count = split, image_size, seed, count or subset(SPLITS, split)
         self.by_text = True
 
     def __len__(self):
@@ -767,6 +778,9 @@ class Shapes:
     def __getitem__(self, i):
         captions = describe(self.scene(i))
         return Picture(None, captions, captions[0])
+
+    def count_captions(self):
+        return 2 * self.count
 
     def corpus(self):
         """Captions, questions and statements, enough for every word of this world to come many times."""
@@ -1035,10 +1049,10 @@ class Examples(Images):
         i, image, unreadable = self.read(key[1])
         if image is None:
             return {"unreadable": unreadable}
-        known, sample = self.source[i], {"image": self.view(image, rng), "unreadable": unreadable}
+        sample = {"image": self.view(image, rng), "unreadable": unreadable, "target": self.target(self.source[i])}
         if self.words:
-            sample["text"], sample["mask"] = self.words.encode(known.text)
-        return sample | {"target": self.target(known)}
+            sample["text"], sample["mask"] = self.words.encode(self.source[i].text)
+        return sample
 
 
 class Texts(Dataset):
@@ -1067,7 +1081,7 @@ def cut(mask):
 
 
 def collate(samples):
-    """Samples of Pairs, stacked, with one list of unreadable files; that list alone if a sample has nothing else."""
+    """Samples, stacked, with one list of unreadable files; that list alone if a sample has nothing else."""
     names = [name for name in samples[0] if name != "unreadable" and all(name in sample for sample in samples)]
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
     return batch | {"unreadable": [file for sample in samples for file in sample["unreadable"]]}

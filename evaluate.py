@@ -11,11 +11,13 @@ import collections
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 import data
 import losses
@@ -55,7 +57,7 @@ def vqa_accuracy(answer, answers):
 
 def vqa_accuracies(predicted, questions):
     """Answers to a list of data.Question → {"accuracy", and for each type of answer its own, in percent, and that of
-    the best constant answer to all questions of the type}."""
+    the best constant answer (of the ten most frequent) to all questions of the type}."""
     kinds = collections.defaultdict(list)
     for answer, question in zip(predicted, questions):
         kinds[question.kind].append((answer, question))
@@ -100,10 +102,28 @@ def shard(count, batch):
     return [mine[k : k + batch] for k in range(0, share, batch)]
 
 
-def pixels(source, numbers, size):
-    """Pictures of a source, uint8 (n, 3, S, S), or pairs of them (n, 2, 3, S, S). data.Unreadable names one that cannot
-    be read."""
-    return torch.stack([data.to_tensor(source.image(i), lambda image: data.resize(image, size)) for i in numbers])
+class Views(Dataset):
+    """The pictures of a source, or pairs of them, as evaluation sees them; the message about one that is unreadable."""
+
+    def __init__(self, source, size):
+        self.source, self.size = source, size
+
+    def __getitem__(self, i):
+        try:
+            return data.to_tensor(self.source.image(i), lambda image: data.resize(image, self.size))
+        except data.Unreadable as error:  # a loader worker's error would come with a traceback
+            return str(error)
+
+
+def pictures(source, batches, size, device):
+    """For each list of numbers in batches: uint8 (n, 3, S, S), or pairs (n, 2, 3, S, S). data.Unreadable, which names
+    the first picture that cannot be read."""
+    workers = runtime.workers(device)
+    for views in DataLoader(Views(source, size), batch_sampler=batches, num_workers=workers, collate_fn=list):
+        for view in views:
+            if isinstance(view, str):
+                raise data.Unreadable(view)
+        yield torch.stack(views)
 
 
 def encode(words, texts):
@@ -128,8 +148,8 @@ def retrieval(model, source, words, device, batch=64, rerank=0):
     model.eval()
     captions = [(i, text) for i in range(len(source)) for text in source[i].captions]
     image, text = [], []
-    for numbers in shard(len(source), batch):
-        image.append(model.embed_image(pixels(source, numbers, size).to(device)))
+    for views in pictures(source, shard(len(source), batch), size, device):
+        image.append(model.embed_image(views.to(device)))
     for numbers in shard(len(captions), batch):
         ids, mask = encode(words, [captions[n][1] for n in numbers])
         text.append(model.embed_text(ids.to(device), mask.to(device)))
@@ -142,9 +162,11 @@ def retrieval(model, source, words, device, batch=64, rerank=0):
     relevant = torch.tensor(pairs, device=device).T  # (2, P): image, caption
     results = recall(search(image, text, relevant), search(text, image, relevant.flip(0)))
     if rerank:
-        images = pixels(source, range(len(source)), size)  # (I, 3, S, S) in memory: each is read many times
+        images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)  # in memory: each is read many times
+        for i, view in enumerate(pictures(source, [[i] for i in range(len(source))], size, device)):
+            images[i] = view[0]
         ids, mask = encode(words, [caption for _, caption in captions])  # (C, T)
-        odds = lambda i, n: matching(model, images[i], ids[n], mask[n], device, batch)
+        odds = lambda i, n: matching(model, images, ids, mask, torch.stack([i, n], 1), device, batch)
         by_image = lambda s, first: reorder(model.scale() * s, rerank, lambda row, column: odds(first + row, column))
         by_text = lambda s, first: reorder(model.scale() * s, rerank, lambda row, column: odds(column, first + row))
         again = recall(search(image, text, relevant, by_image), search(text, image, relevant.flip(0), by_text))
@@ -180,12 +202,14 @@ def reorder(scores, K, odds):
     return scores.scatter(1, column, best - best.amin(1, keepdim=True) + scores.amax(1, keepdim=True) + 1)
 
 
-def matching(model, images, texts, masks, device, batch):
-    """Log-odds of a match (P,), by the ITM head, of P pairs: images (P, 3, S, S), texts, masks (P, T)."""
+def matching(model, images, texts, masks, pairs, device, batch):
+    """Log-odds of a match (P,), by the ITM head, of pairs (P, 2): numbers of images (I, 3, S, S) and of texts, masks
+    (C, T)."""
     out = []
-    for image, text, mask in zip(*(part.split(batch) for part in (images, texts, masks))):
-        T = data.cut(mask)
-        hidden = model.encode_pair(text[:, :T].to(device), mask[:, :T].to(device), image.to(device), rows=1)
+    for i, n in (part.unbind(1) for part in pairs.split(batch)):
+        T = data.cut(masks[n])
+        text, mask = texts[n, :T].to(device), masks[n, :T].to(device)
+        hidden = model.encode_pair(text, mask, images[i].to(device), rows=1)
         logits = model.itm_head(model.pool(hidden)).float()
         out.append(logits[:, 1] - logits[:, 0])
     return torch.cat(out)
@@ -200,8 +224,9 @@ def predict(task, source, words, device, batch=64):
     NLVR2 or Classifier of mome.py; words: None where the source has no text."""
     task.eval()
     out = []
-    for numbers in shard(len(source), batch):
-        inputs = {"image": pixels(source, numbers, task.model.config.image_size)}
+    shards = shard(len(source), batch)
+    for numbers, views in zip(shards, pictures(source, shards, task.model.config.image_size, device)):
+        inputs = {"image": views}
         if words:
             inputs["text"], inputs["mask"] = encode(words, [source[i].text for i in numbers])
         out.append(task({name: tensor.to(device) for name, tensor in inputs.items()}).argmax(1))
@@ -226,14 +251,17 @@ def nlvr2(task, source, words, choices, device, batch=64):
 
 
 def classify(task, source, words, classes, device, batch=64):
-    """→ accuracy in percent, and a line for each picture: its class, the predicted one."""
-    labels = [source[i].label for i in range(len(source))]
-    for label in labels:
-        if label not in classes:
-            raise data.DataError(f"class {label} is none of those that the model was trained on")
+    """→ accuracy in percent; there is no official format of predictions."""
+    check_classes(source, classes)
     predicted = [classes[k] for k in predict(task, source, None, device, batch)]
-    right = sum(label == answer for label, answer in zip(labels, predicted))
-    return {"accuracy": 100 * right / len(labels)}, "".join(f"{a},{b}\n" for a, b in zip(labels, predicted))
+    right = sum(source[i].label == predicted[i] for i in range(len(source)))
+    return {"accuracy": 100 * right / len(source)}, None
+
+
+def check_classes(source, classes):
+    """DataError if a source has a class that the model does not know."""
+    for label in {sample.label for sample in data.samples(source)}.difference(classes):
+        raise data.DataError(f"class {label} is none of those that the model was trained on")
 
 
 # ---- What the stages before are measured by --------------------------------------------------------------------------
@@ -271,8 +299,9 @@ def masked_patches(model, head, dvae, source, device):
     side, K = dvae.config.grid, dvae.config.codes
     count, hits, near, loss = torch.zeros(4, dtype=torch.float64, device=device)
     seen = torch.zeros(K, dtype=torch.float64, device=device)
-    for numbers in batches(min(len(source), ENOUGH), 64):
-        image = pixels(source, numbers, model.config.image_size).to(device)
+    shares = batches(min(len(source), ENOUGH), 64)
+    for numbers, views in zip(shares, pictures(source, shares, model.config.image_size, device)):
+        image = views.to(device)
         hidden = torch.stack([data.mask_blocks(side, random.Random(f"mask {i}")) for i in numbers]).to(device)  # (n, N)
         codes = dvae.encode(image)
         out = model.encode_image(image, masked=hidden, mask_embedding=head.mask_embedding)[:, 1:]
@@ -320,8 +349,8 @@ def codebook(dvae, source, image_size, device):
     dvae.eval()
     seen = torch.zeros(dvae.config.codes, dtype=torch.float64, device=device)
     error = torch.zeros((), dtype=torch.float64, device=device)
-    for numbers in batches(min(len(source), ENOUGH), 64):
-        image = pixels(source, numbers, image_size).to(device)
+    for views in pictures(source, batches(min(len(source), ENOUGH), 64), image_size, device):
+        image = views.to(device)
         codes = dvae.encode(image)
         seen += torch.bincount(codes.flatten(), minlength=len(seen))
         error = error + (dvae.decode(codes) - dvae.pixels(image)).square().mean((1, 2, 3)).sum()
@@ -333,7 +362,8 @@ def codebook(dvae, source, image_size, device):
 @torch.no_grad()
 def reconstruction_sheet(dvae, source, image_size, device, count=16):
     """A picture: pictures of a source, side by side, above their reconstructions from codes alone."""
-    wanted = dvae.pixels(pixels(source, range(min(count, len(source))), image_size).to(device))
+    [views] = pictures(source, [range(min(count, len(source)))], image_size, device)
+    wanted = dvae.pixels(views.to(device))
     rows = torch.stack([wanted, dvae.decode(dvae.encode(wanted))])  # (2, n, 3, s, s)
     sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (2s, n·s, 3)
     return Image.fromarray((127.5 * (sheet + 1)).round().clamp(0, 255).byte().cpu().numpy())
@@ -381,18 +411,20 @@ def main():
     parser.add_argument("--task", choices=["retrieval", *TASKS], default="retrieval")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="for retrieval any that has learned ITC")
     parser.add_argument("--data", nargs="+", default=["shapes"], metavar="DIR", help='folders, or "shapes" (default)')
-    parser.add_argument("--split", default="test", help="train, val, test; of VQA 2.0 also test-dev [test]")
+    parser.add_argument("--split", default="test", help="train, val, test; of VQA 2.0 also test-dev, minival [test]")
     parser.add_argument(
         "--rerank", type=int, default=0, metavar="K", help="retrieval: the K best again, by the ITM head"
     )
-    parser.add_argument("--predictions", metavar="FILE", help="vqa: json for the server; nlvr2, classify: csv")
+    parser.add_argument("--predictions", metavar="FILE", help="vqa: json for the server; nlvr2: csv for metrics.py")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off")
     args = parser.parse_args()
     if args.batch_size < 1 or args.rerank < 0:
         raise runtime.UserError("--batch-size must be at least 1, and --rerank not negative")
-    if args.rerank and args.task != "retrieval" or args.predictions and args.task == "retrieval":
-        raise runtime.UserError("--rerank is of task retrieval, and --predictions of the others")
+    if args.rerank and args.task != "retrieval" or args.predictions and args.task not in ("vqa", "nlvr2"):
+        raise runtime.UserError("--rerank is of task retrieval, and --predictions of vqa and nlvr2")
+    if args.predictions and not Path(args.predictions).resolve().parent.is_dir():
+        raise runtime.UserError(f"--predictions {args.predictions}: no such folder")
     here = runtime.Runtime(args.amp)
     run = evaluate_retrieval if args.task == "retrieval" else evaluate_task
     with here.autocast():
@@ -422,12 +454,12 @@ def evaluate_task(args, here):
     config = module.model.config
     source = data.read_task(args.task, args.data, args.split, config.image_size)
     here.print(f"{args.split}: {len(source)} samples")
-    words = tokenizer and data.Words(tokenizer, config.max_text_len)
-    results, predictions = TASKS[args.task][1](module, source, words, choices, here.device, args.batch_size)
-    if not results and not args.predictions:
+    if args.task == "vqa" and not source[0].answers and not args.predictions:
         raise runtime.UserError(
             f"split {args.split} has no published answers: --predictions writes yours for the server"
         )
+    words = tokenizer and data.Words(tokenizer, config.max_text_len)
+    results, predictions = TASKS[args.task][1](module, source, words, choices, here.device, args.batch_size)
     if args.predictions and here.main:
         runtime.write(args.predictions, lambda file: file.write(predictions.encode()))
     return results

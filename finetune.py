@@ -24,7 +24,7 @@ import weights
 from mome import CONFIGS
 
 # Per task: what the paper publishes for the base model (Appendices C and D), or its released code (drop-path, head's
-# factor); for classification BEiT's, as the paper gives none. Flickr30K's retrieval starts from COCO's.
+# factor). For classification it gives nothing: these are of this project. Flickr30K's retrieval starts from COCO's.
 PAPER = {
     "vqa": {"image_size": 480, "batch_size": 128, "epochs": 10, "lr": 3e-5, "drop_path": 0.15, "head_factor": 20.0},
     "nlvr2": {"image_size": 384, "batch_size": 128, "epochs": 10, "lr": 5e-5, "drop_path": 0.1},
@@ -37,7 +37,7 @@ LARGE = {"vqa": {"lr": 1.5e-5}, "nlvr2": {"lr": 3e-5}, "retrieval": {"epochs": 1
 TINY = {  # what suits the tiny model in the built-in world
     "vqa": {"epochs": 0.4, "lr": 1e-3},
     "nlvr2": {"epochs": 0.4, "lr": 1e-3},
-    "retrieval": {"epochs": 1, "lr": 5e-4},
+    "retrieval": {"epochs": 0.5, "lr": 5e-4},
     "classify": {"epochs": 1, "lr": 1e-3},
     "probe": {"epochs": 1, "lr": 1e-2},
 }
@@ -63,7 +63,7 @@ class Task(NamedTuple):
 
     unit: str  # what a sample is
     loss: Callable  # (logits (b, C), targets) → scalar
-    choices: Callable  # list of all training samples → list of str
+    choices: Callable  # iterable of training samples → list of str
     target: Callable  # (sample, {choice: number}) → tensor
     augment: str  # how training images are augmented
 
@@ -110,6 +110,9 @@ class TaskStage(nn.Module):
                 module.requires_grad_(False)
 
     def forward(self, batch):
+        if "text" in batch:
+            T = data.cut(batch["mask"])
+            batch = batch | {"text": batch["text"][:, :T], "mask": batch["mask"][:, :T]}
         return {"loss": self.loss(self.task(batch), batch["target"])}
 
 
@@ -118,23 +121,27 @@ def set_up_choice(args, here, config, start):
     task, (module, evaluation) = TASKS[args.stage], evaluate.TASKS[args.stage]
     sources = read_splits(args, config.image_size)
     given = sources.values() if args.trainval else [sources["train"]]  # the usual answers are of all of both
-    choices = task.choices(known for source in given for known in data.known(source))
+    choices = task.choices(sample for source in given for sample in data.samples(source))
     if not choices:
         raise runtime.UserError(f"--data {args.data[0]}: no answer comes often enough to be learned")
     words = None
-    if args.stage != "classify":
-        config, words = vocabulary(args, here, config, start, sources["train"])
+    if args.stage == "classify":
+        for source in sources.values():
+            evaluate.check_classes(source, choices)
+    else:
+        config, words = train.vocabulary(args, here, config, start, sources["train"].corpus)
     model, taken = train.build(args, here, config, start)
     stage = TaskStage(module(model, len(choices)), task.loss, args.linear_probe)
-    if start and start.content["stage"] == args.stage and start.content["choices"] == choices:
+    if start and start.content["stage"] == args.stage:
+        if start.content["choices"] != choices:
+            advice = "name a checkpoint of another stage with --init, for a new head"
+            raise runtime.UserError(f"{start.path} was trained with other answers or classes than --data has: {advice}")
         weights.load_exactly(stage.head, start.content["head"], start.path)
-    elif start and start.resumed:
-        raise runtime.UserError(f"{start.path} was trained with other answers or classes than --data has")
     elif args.stage == "nlvr2":
         model.types.data[2] = model.types.data[1]  # the second image's type starts from the image's, as released
 
     numbers = {choice: k for k, choice in enumerate(choices)}
-    target, augment = lambda known: task.target(known, numbers), train.augmentation(args, task.augment)
+    target, augment = lambda sample: task.target(sample, numbers), train.augmentation(args, task.augment)
     samples = data.Examples(sources["train"], words, target, config.image_size, args.seed, augment, args.flip)
     measure = lambda split: evaluation(stage.task, sources[split], words, choices, here.device)[0]
     tokenizer = words.tokenizer if words else start and start.tokenizer
@@ -146,7 +153,7 @@ def set_up_choice(args, here, config, start):
 
 
 def read_splits(args, image_size):
-    """{split: source}: train, and those of val and test that --data has with answers."""
+    """{split: source}: train, and those of val and test that --data has."""
     names = {"train": "trainval", "val": "minival"} if args.trainval else {"train": "train", "val": "val"}
     if args.stage != "vqa" or args.data == ["shapes"]:  # nobody tells VQA 2.0's answers of split test
         names["test"] = "test"
@@ -157,23 +164,24 @@ def read_splits(args, image_size):
         except data.Absent:
             if split == "train":
                 raise
-    if args.stage == "vqa" and not sources["train"][0].answers:
-        raise runtime.UserError(f"--data {args.data[0]}: no annotations beside the questions of split train")
+    for split, source in sources.items() if args.stage == "vqa" else ():
+        if not (
+            source[0].answers and source[len(source) - 1].answers
+        ):  # the first and the last of files that are joined
+            raise runtime.UserError(
+                f"--data {args.data[0]}: no annotations beside the questions of split {names[split]}"
+            )
     return sources
-
-
-def vocabulary(args, here, config, start, source):
-    """The Config with the size of the vocabulary, and the words."""
-    words = data.Words(train.make_tokenizer(args, here, start, source.corpus, config.vocab_size), config.max_text_len)
-    return dataclasses.replace(config, vocab_size=words.size), words
 
 
 def set_up_retrieval(args, here, config, start):
     """The dual encoder, with ITC alone, or with ITM beside it, if its head is to rerank."""
     read = lambda split: data.read_sources(args.data, split, config.image_size, needed=split == "train")
     sources = {split: read(split) for split in ("train", "val", "test")}
-    config, words = vocabulary(args, here, config, start, sources["train"])
+    config, words = train.vocabulary(args, here, config, start, sources["train"].corpus)
     model, taken = train.build(args, here, config, start)
+    if not args.itm_weight and taken.get("itm_head") == "taken":
+        here.print("--itm-weight is 0: the ITM head stays as it was, and does not follow the encoder (for --rerank)")
     used = {"itc": 1.0} | ({"itm": args.itm_weight} if args.itm_weight else {})
     stage = train.VisionLanguageStage(model, used)
     augment = train.augmentation(args, "randaugment")
@@ -237,12 +245,14 @@ def parse():
 
 
 ONLY = {"trainval": ("vqa",), "linear_probe": ("classify",), "itm_weight": ("retrieval",), "head_factor": tuple(TASKS),
-        "vocab": ("vqa", "nlvr2", "retrieval")}  # fmt: skip
+        "vocab": ("vqa", "nlvr2", "retrieval"), "max_text_len": ("vqa", "nlvr2", "retrieval")}  # fmt: skip
 
 
 def resolve(args, start):
     """Fills in what follows task and config → the Config: the checkpoint's, or --config's, with the flags on top."""
     name = start.content["args"]["config"] if start else args.config or "tiny"
+    if args.config not in (None, name):
+        raise runtime.UserError(f"{start.path} is of --config {name}")
     base = start.config if start else CONFIGS[name]
     defaults = {"config": name, "image_size": base.image_size, "max_text_len": min(base.max_text_len, 40)}
     for flag, value in (defaults | recipe(args, name)).items():
@@ -265,13 +275,14 @@ def check(args, here):
 
 
 def schedule(args, job):
-    """Steps, warm-up, and how often to measure, from the number of samples."""
-    args.steps = max(1, round(args.epochs * len(job.samples) / args.batch_size))
+    """Steps, warm-up, and how often to measure. In an epoch of retrieval every caption comes once, on average."""
+    samples = job.samples.source.count_captions() if args.stage == "retrieval" else len(job.samples)
+    args.steps = max(1, round(args.epochs * samples / args.batch_size))
     args.warmup = round(0.1 * args.steps)
+    if args.eval_every and "val" not in job.splits:
+        raise runtime.UserError("--eval-every needs a val split, and --data has none")
     if args.eval_every is None:
-        args.eval_every = max(1, len(job.samples) // args.batch_size)
-    if "val" not in job.splits:
-        args.eval_every = 0
+        args.eval_every = math.ceil(samples / args.batch_size) if "val" in job.splits else 0
 
 
 def main():

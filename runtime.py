@@ -132,6 +132,13 @@ class Runtime:
             print(*words, flush=True)
 
 
+def workers(device):
+    """Loader processes for each training process that suit this machine: on a CPU they would only take the cores that
+    compute."""
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, (os.cpu_count() or 1) // each - 1)) if torch.device(device).type == "cuda" else 0
+
+
 def seed_all(*words):
     """Seeds torch from whole numbers, say (seed, step, rank): a step's random choices need no stored state."""
     state = 0
@@ -215,7 +222,8 @@ def load(path):
 
 
 class Metrics:
-    """metrics.jsonl in the output folder, a line an entry, written by process 0. Resuming drops what came after."""
+    """metrics.jsonl in the output folder, a line an entry, written by process 0. Resuming drops what came after its
+    step, and what was measured then: it is measured again."""
 
     def __init__(self, folder, main, step):
         self.file = None
@@ -224,7 +232,8 @@ class Metrics:
             lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
             whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
             self.file = open(path, "w", buffering=1)
-            self.file.writelines(line for line in whole if json.loads(line)["step"] <= step)
+            entries = [(line, json.loads(line)) for line in whole]
+            self.file.writelines(line for line, entry in entries if entry["step"] + ("split" in entry) <= step)
 
     def write(self, **entry):
         """Numbers that are not finite, such as the gradient norm of a skipped fp16 step, become null."""

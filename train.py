@@ -14,7 +14,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -318,9 +317,7 @@ def set_up_text(args, here, config, start):
         raise runtime.UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
     documents = lambda: data.read_documents(args.data)
     corpus = lambda: data.text_corpus(args.data)
-    tokenizer = make_tokenizer(args, here, start, corpus, config.vocab_size)
-    config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
-    words = data.Words(tokenizer, config.max_text_len)
+    config, words = vocabulary(args, here, config, start, corpus)
     model, taken = build(args, here, config, start)
 
     # The tokens lie in files in the node's folder for temporary files, whose names go when all processes have them open
@@ -338,14 +335,14 @@ def set_up_text(args, here, config, start):
     measure = lambda split: evaluate.masked_words(model, texts[split], texts["train"], here.device)
     note = f", {len(texts['train'].tokens) / 1e6:.1f} M tokens"
     check_val(args, measured(texts))
-    return Job(TextStage(model), texts["train"], "texts", config, tokenizer, taken, measured(texts), measure, note)
+    return Job(
+        TextStage(model), texts["train"], "texts", config, words.tokenizer, taken, measured(texts), measure, note
+    )
 
 
 def set_up_vl(args, here, config, start):
     sources = read_splits(args, config.image_size, captions=True)
-    tokenizer = make_tokenizer(args, here, start, sources["train"].corpus, config.vocab_size)
-    config = dataclasses.replace(config, vocab_size=tokenizer.get_vocab_size())
-    words = data.Words(tokenizer, config.max_text_len)
+    config, words = vocabulary(args, here, config, start, sources["train"].corpus)
     model, taken = build(args, here, config, start)
     used = {"itc": args.itc_weight, "itm": args.itm_weight, "mlm": args.mlm_weight}
     stage = VisionLanguageStage(model, {name: weight for name, weight in used.items() if weight > 0}, args.negatives)
@@ -358,7 +355,7 @@ def set_up_vl(args, here, config, start):
     candidates = args.batch_size // args.accumulate
     hard = candidates if args.negatives == "global" else candidates // here.world
     note = f", {candidates} candidates for contrast, {hard} for hard negatives"
-    return Job(stage, samples, "pairs", config, tokenizer, taken, splits, measure, note)
+    return Job(stage, samples, "pairs", config, words.tokenizer, taken, splits, measure, note)
 
 
 STAGES = {"dvae": set_up_dvae, "image": set_up_image, "text": set_up_text, "vl": set_up_vl}
@@ -414,6 +411,12 @@ def augmentation(args, usual):
 
 def images(args, source, image_size, side):
     return data.Images(source, image_size, args.seed, augmentation(args, "crop"), args.flip, side)
+
+
+def vocabulary(args, here, config, start, corpus):
+    """The Config with the size of the vocabulary, and the words."""
+    words = data.Words(make_tokenizer(args, here, start, corpus, config.vocab_size), config.max_text_len)
+    return dataclasses.replace(config, vocab_size=words.size), words
 
 
 def make_tokenizer(args, here, start, corpus, size):
@@ -595,8 +598,7 @@ def loader(args, here, samples, start):
     local = args.batch_size // here.world // args.accumulate
     order = data.Order(len(samples), local, here.rank, here.world, args.seed, start)
     workers, gpu = args.workers, here.device.type == "cuda"
-    if workers is None:  # on a CPU they would only take the cores that compute
-        workers = max(1, min(8, (os.cpu_count() or 1) // here.local_world - 1)) if gpu else 0
+    workers = runtime.workers(here.device) if workers is None else workers
     return iter(DataLoader(samples, batch_sampler=order, num_workers=workers, collate_fn=data.collate, pin_memory=gpu))
 
 
@@ -633,7 +635,10 @@ def continue_from(start, job, described, here, optimizer, scaler):
         if any(job.taken.get(name, "taken") != "taken" for name in weights.groups(trains)):
             raise ValueError
         done, then = content["step"], content["args"] | {"processes": content["processes"]}
+        factors = [group["factor"] for group in optimizer.param_groups]
         optimizer.load_state_dict(content["optimizer"])
+        for group, factor in zip(optimizer.param_groups, factors):
+            group["factor"] = factor
         if content["scaler"] and scaler.is_enabled():
             scaler.load_state_dict(content["scaler"])
     except (KeyError, ValueError):
@@ -724,13 +729,24 @@ def run(args, here, job, start):
     def measure(split, step):
         nonlocal clock
         began = time.perf_counter()
-        results = job.measure(split)
+        with here.autocast():
+            results = job.measure(split)
         metrics.write(step=step, split=split, **results)
         stage.train()
         clock += time.perf_counter() - began  # the rate is that of training
         if here.main:
             bar.write(f"step {step}, split {split}: {evaluate.line(results)}")
         return results
+
+    def watch(step):
+        """Measures on split val where it is time to, and keeps the best."""
+        nonlocal record
+        if args.eval_every and step and (step % args.eval_every == 0 or job.best and step == args.steps):
+            results = measure("val", step)
+            if job.best and results[job.best] > record:
+                record = results[job.best]
+                if here.main:
+                    save(best, step)
 
     def save(path, step, *parts):
         state = {"model": weights.learned(model, taken), "tokenizer": job.tokenizer and job.tokenizer.to_str()}
@@ -739,6 +755,7 @@ def run(args, here, job, start):
 
     batches = loader(args, here, job.samples, done * args.accumulate)
     bar = tqdm(total=args.steps, initial=done, disable=not here.main, unit="step", mininterval=1)
+    watch(done)  # a run may have been killed while it measured
     stage.train()
     for step in range(done + 1, args.steps + 1):
         runtime.seed_all(args.seed, step, here.rank)  # drop-path and negatives; the data have seeds of their own
@@ -771,12 +788,7 @@ def run(args, here, job, start):
             log(step)
         if here.main and saves:
             save(last, step, ("optimizer", optimizer), ("scaler", scaler))
-        if args.eval_every and (step % args.eval_every == 0 or job.best and step == args.steps):
-            results = measure("val", step)
-            if job.best and results[job.best] > record:
-                record = results[job.best]
-                if here.main:
-                    save(best, step)
+        watch(step)
     bar.close()
     if "test" in job.splits:
         if job.best and args.eval_every:

@@ -422,10 +422,10 @@ def test_the_vocabulary_of_the_world_knows_all_its_words():
 
 
 def test_classes_name_the_first_thing():
-    source = data.ShapesClasses("val", 32)
+    source = data.ShapesClasses("train", 32)
     first = source.scene(3)["things"][0]
     assert source[3].label == f"{first['color']} {first['shape']}"
-    assert len({known.label for known in data.known(source)}) == 48
+    assert len({sample.label for sample in data.samples(source)}) == 48
 
 
 # ---- The downstream tasks on disk ------------------------------------------------------------------------------------
@@ -606,6 +606,10 @@ def test_a_folder_a_class(tmp_path):
         data.read_task("classify", [tmp_path], "test", 8)
     with pytest.raises(data.DataError, match="takes one folder"):
         data.read_task("classify", [tmp_path, tmp_path], "val", 8)
+    for task in ("vqa", "nlvr2"):
+        for folders in (["shapes"], [tmp_path]):
+            with pytest.raises(data.Absent, match="there is no split valid, but train, val"):
+                data.read_task(task, folders, "valid", 8)
 
 
 def test_examples_have_the_images_text_and_target_of_a_sample():

@@ -15,7 +15,7 @@ import train
 
 SMALL = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8 --batch-size 8 --warmup 1 --steps 2".split()
 BRIEF = ["--batch-size", "8", "--log-every", "5"]
-STEPS = {"vqa": 400_000, "nlvr2": 400_000, "retrieval": 100_000, "classify": 100_000}
+STEPS = {"vqa": 400_000, "nlvr2": 400_000, "retrieval": 200_000, "classify": 100_000}
 
 
 def epochs(task, steps):
@@ -66,23 +66,21 @@ def test_every_task_is_learned_resumed_and_evaluated(
     record = max(entry[best_of(task)] for entry in measured[:3])
     assert best["record"] == record and best["step"] in [e["step"] for e in measured[:3] if e[best_of(task)] == record]
 
-    class Killed(Exception):
-        pass
+    for dies_in, dies_at in ((data.Pairs if task == "retrieval" else data.Examples, 8 * 7), (evaluate.Views, 10 + 4)):
+        real, calls = dies_in.__getitem__, []
 
-    kind = data.Pairs if task == "retrieval" else data.Examples
-    real, calls = kind.__getitem__, []
+        def dies(self, key):
+            calls.append(key)
+            if len(calls) > dies_at:  # in step 8; then, resumed, in the middle of the measurement after it
+                raise Killed
+            return real(self, key)
 
-    def dies(self, key):
-        calls.append(key)
-        if len(calls) > 8 * 7:
-            raise Killed
-        return real(self, key)
-
-    monkeypatch.setattr(kind, "__getitem__", dies)
-    with pytest.raises(Killed):
-        call(monkeypatch, finetune, *run, "--out", parts, "--save-every", 3)
-    monkeypatch.setattr(kind, "__getitem__", real)
-    call(monkeypatch, finetune, *run, "--out", parts, "--save-every", 3, "--resume")
+        monkeypatch.setattr(dies_in, "__getitem__", dies)
+        with pytest.raises(Killed):
+            call(monkeypatch, finetune, *run, "--out", parts, "--save-every", 4, "--resume")
+        monkeypatch.setattr(dies_in, "__getitem__", real)
+    call(monkeypatch, finetune, *run, "--out", parts, "--save-every", 4, "--resume")
+    assert [entry for entry in metrics(parts) if "split" in entry] == measured
     for name in ("last.pt", "best.pt"):
         one, other = runtime.load(whole / name), runtime.load(parts / name)
         for part in ("model", "head"):
@@ -96,6 +94,10 @@ def test_every_task_is_learned_resumed_and_evaluated(
     )  # that of the best, as the run said at its end
 
 
+class Killed(Exception):
+    pass
+
+
 def best_of(task):
     return "mean" if task == "retrieval" else "accuracy"
 
@@ -107,6 +109,9 @@ def test_what_a_task_reads_learns_and_nothing_else(start, small_world, tmp_path,
         name = "classify" if task == "probe" else task
         run = ["--task", name, "--init", start, *BRIEF, *epochs(name, 2), *flags]
         call(monkeypatch, finetune, *run, "--out", tmp_path / task)
+        if task in ("classify", "probe"):
+            head = runtime.load(tmp_path / task / "last.pt")["head"]
+            assert head["bias"].abs().max() > 0  # it started at zero
         after = runtime.load(tmp_path / task / "last.pt")["model"]
         moved[task] = {train.weights.group(key) for key in after if not torch.equal(after[key], before[key])}
     expert = "blocks.*.experts.{}".format
@@ -131,14 +136,35 @@ def test_the_second_image_starts_as_the_first_and_the_head_has_its_own_learning_
 
 
 def test_two_processes_fine_tune_as_one(start, tmp_path, monkeypatch):
-    run = ["--task", "nlvr2", "--init", start, *BRIEF, "--eval-every", "0"]
-    folder = nlvr2(nlvr2(tmp_path / "data", "train", "train.json"), "dev", "dev.json")
+    run = ["--task", "nlvr2", "--init", start, *BRIEF, "--eval-every", "1"]
+    folder = nlvr2(tmp_path / "data", "train", "train.json")
+    nlvr2(nlvr2(folder, "dev", "dev.json"), "test1", "test1.json")
     run += ["--data", folder, "--epochs", "8", "--augment", "none"]
     call(monkeypatch, finetune, *run, "--out", tmp_path / "one")
     answer = command("finetune.py", *run, "--out", tmp_path / "two", processes=2)
     assert answer.returncode == 0, answer.stderr
-    one, two = (runtime.load(tmp_path / name / "last.pt") for name in ("one", "two"))
-    assert all(torch.allclose(one["model"][key], two["model"][key], atol=1e-5) for key in one["model"])
+    results = lambda name: [entry for entry in metrics(tmp_path / name) if "split" in entry]
+    assert results("one") == results("two") and len(results("one")) == 3
+    for name in ("last.pt", "best.pt"):
+        one, two = (runtime.load(tmp_path / folder / name) for folder in ("one", "two"))
+        for part in ("model", "head"):
+            assert all(torch.allclose(one[part][key], two[part][key], atol=1e-5) for key in one[part])
+
+
+def test_what_is_measured_at_the_end_is_the_best(start, small_world, tmp_path, monkeypatch):
+    """Accuracies 10, 30, 20: the checkpoint of the second measurement is kept, and measured on test."""
+    given, seen = iter([10.0, 30.0, 20.0, 0.0]), []
+
+    def measured(task, *rest):
+        seen.append(task.head.weight.clone())
+        return {"accuracy": next(given)}, None
+
+    monkeypatch.setitem(evaluate.TASKS, "classify", (evaluate.Classifier, measured))
+    run = ["--task", "classify", "--init", start, *BRIEF, *epochs("classify", 3), "--eval-every", 1]
+    call(monkeypatch, finetune, *run, "--out", tmp_path)
+    best, last = runtime.load(tmp_path / "best.pt"), runtime.load(tmp_path / "last.pt")
+    assert best["step"] == 2 and torch.equal(best["head"]["weight"], seen[1]) and torch.equal(seen[3], seen[1])
+    assert torch.equal(last["head"]["weight"], seen[2]) and not torch.equal(seen[2], seen[1])
 
 
 def test_random_weights_can_be_fine_tuned(small_world, tmp_path, monkeypatch):
@@ -151,7 +177,7 @@ def test_random_weights_can_be_fine_tuned(small_world, tmp_path, monkeypatch):
 
 
 def test_vqa_from_its_files_to_a_submission(start, tmp_path, monkeypatch):
-    folder = vqa(tmp_path / "data", ids=range(1, 21))
+    folder = vqa(tmp_path / "data", ids=range(1, 21))  # to all of them the answer is 2
     vqa(folder, "val2014", ids=range(30, 41))
     vqa(folder, "test2015", ids=range(50, 63), annotated=())
     run = ["--task", "vqa", "--init", start, *BRIEF, "--epochs", "1", "--data", folder, "--out", tmp_path / "out"]
@@ -209,7 +235,7 @@ def test_mistakes_of_the_command_line_are_one_line(start, tmp_path):
         ("--task vqa --batch-size 0", "--batch-size, --accumulate"),
         ("--task vqa --eval-every -1", "must not be negative"),
         ("--task vqa --image-size 17", "image_size one of patch_size"),
-        ("--task vqa --data absent", "takes one folder"),
+        ("--task vqa --data absent", "absent: no such folder"),
         ("--task retrieval --data absent", "absent: no such folder"),
         ("--task nlvr2 --vocab absent.txt", "absent.txt cannot be read"),
     ],
@@ -247,10 +273,11 @@ def test_checkpoints_and_data_that_do_not_fit_are_refused(start, small_world, tm
     runtime.save(tmp_path / "itc.pt", content | {"model": tensors})
     for flags, says in [
         (["--task", "vqa", "--rerank", "4"], "--rerank is of task retrieval"),
-        (["--predictions", "x.json"], "--predictions of the others"),
+        (["--predictions", "x.json"], "--predictions of vqa and nlvr2"),
         (["--task", "vqa", "--split", "dev", "--checkpoint", last], "no head for task vqa"),
-        (["--task", "classify", "--split", "dev"], "has splits train, val, test, not dev"),
+        (["--task", "classify", "--split", "dev"], "there is no split dev, but train, val, test"),
         (["--rerank", "-1"], "--rerank not negative"),
+        (["--task", "vqa", "--predictions", tmp_path / "no" / "x.json"], "x.json: no such folder"),
         (
             ["--rerank", "4", "--checkpoint", tmp_path / "itc.pt"],
             "itc.pt .stage vl. never learned ITM, which --rerank needs",
