@@ -870,19 +870,10 @@ def ask(scene, rng):
 
 
 def ask_whether(scene, rng):
-    """Whether a thing is there, or where two stand to each other; as often yes as no."""
-    things, answer, look = scene["things"], rng.choice(("yes", "no")), ("color", "shape")
-    names = [trait(thing, *look)[0] for thing in things]
-    if rng.random() < 0.4 and len(set(names)) == len(names):
-        first, second = sorted(rng.sample(range(len(names)), 2))
-        if rng.random() < 0.5:
-            first, second = second, first
-        relation = LAYOUTS[scene["layout"]][(first < second) == (answer == "no")]
-        return f"is the {names[first]} {relation} the {names[second]}?", answer
-    thing = rng.choice(things)
-    while answer == "no" and trait(thing, *look)[0] in names:
-        thing = thing | {name: make_thing(rng)[name] for name in [rng.choice(look)]}
-    return f"is there {a(trait(thing, *look)[0])}?", answer
+    """Whether a color is there; as often yes as no."""
+    colors, answer = {thing["color"] for thing in scene["things"]}, rng.choice(("yes", "no"))
+    color = rng.choice([color for color in COLORS if (color in colors) == (answer == "yes")])
+    return f"is there {a(f'{color} shape')}?", answer
 
 
 def ask_how_many(scene, rng):
@@ -918,19 +909,20 @@ class ShapesQuestions(Shapes):
 
 def state(rng):
     """A statement about two scenes: (text, does it hold of (left, right)?)."""
-    what, like_it = trait(make_thing(rng), rng.choice(("color", "shape")))
+    what, like_it = trait(make_thing(rng), "color")
     count, size = lambda scene: sum(map(like_it, scene["things"])), lambda scene: len(scene["things"])
     side, total = rng.choice((0, 1)), rng.choice((4, 5, 6))
     name, number = ("left", "right")[side], {4: "four", 5: "five", 6: "six"}[total]
-    return rng.choice([
-        (f"the {name} image shows {a(what)}.", lambda *scenes: count(scenes[side]) > 0),
-        (f"both images show {a(what)}.", lambda *scenes: all(map(count, scenes))),
-        (f"only one image shows {a(what)}.", lambda *scenes: sum(count(scene) > 0 for scene in scenes) == 1),
-        (f"neither image shows {a(what)}.", lambda *scenes: not any(map(count, scenes))),
-        (f"the images show {number} shapes in all.", lambda *scenes: sum(map(size, scenes)) == total),
-        (f"the {name} image shows more shapes than the other one.",
-         lambda *scenes: size(scenes[side]) > size(scenes[1 - side])),
-    ])  # fmt: skip
+    kinds = {  # the statement, what it means, and how often it comes
+        f"the {name} image shows {a(what)}.": (lambda *scenes: count(scenes[side]) > 0, 3),
+        f"both images show {a(what)}.": (lambda *scenes: all(map(count, scenes)), 2),
+        f"neither image shows {a(what)}.": (lambda *scenes: not any(map(count, scenes)), 2),
+        f"only one image shows {a(what)}.": (lambda *scenes: sum(count(scene) > 0 for scene in scenes) == 1, 1),
+        f"the images show {number} shapes in all.": (lambda *scenes: sum(map(size, scenes)) == total, 1),
+        f"the {name} image shows more shapes.": (lambda *scenes: size(scenes[side]) > size(scenes[1 - side]), 1),
+    }
+    [text] = rng.choices(list(kinds), [often for _, often in kinds.values()])
+    return text, kinds[text][0]
 
 
 class ShapesStatements(Shapes):

@@ -364,11 +364,6 @@ def answer(scene, text):
         return str(len(things_of(scene, *named)))
     if text.startswith("is there"):
         return "yes" if things_of(scene, *named) else "no"
-    if text.startswith("is the"):
-        first, second = (things.index(things_of(scene, *pair)[0]) for pair in (named[:2], named[2:]))
-        forward = "left of" in text or "above" in text
-        assert ("left" in text or "right" in text) == (scene["layout"] == "row")
-        return "yes" if (first < second) == forward else "no"
     wanted = text.split()[1]
     if " on the " in text or " at the " in text:
         thing = things[0 if text.endswith(("left?", "top?")) else -1]
