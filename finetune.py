@@ -120,7 +120,7 @@ def set_up_choice(args, here, config, start):
     """vqa, nlvr2, classify."""
     task, (module, evaluation) = TASKS[args.stage], evaluate.TASKS[args.stage]
     sources = read_splits(args, config.image_size)
-    given = sources.values() if args.trainval else [sources["train"]]  # the usual answers are of all of both
+    given = sources.values() if args.trainval else [sources["train"]]  # the usual 3,129 are of all
     choices = task.choices(sample for source in given for sample in data.samples(source))
     if not choices:
         raise runtime.UserError(f"--data {args.data[0]}: no answer comes often enough to be learned")
@@ -164,13 +164,11 @@ def read_splits(args, image_size):
         except data.Absent:
             if split == "train":
                 raise
-    for split, source in sources.items() if args.stage == "vqa" else ():
-        if not (
-            source[0].answers and source[len(source) - 1].answers
-        ):  # the first and the last of files that are joined
-            raise runtime.UserError(
-                f"--data {args.data[0]}: no annotations beside the questions of split {names[split]}"
-            )
+    if args.stage == "vqa":
+        for split, source in sources.items():
+            if not all(source[i].answers for i in (0, len(source) - 1)):  # "trainval" joins two files
+                where = f"--data {args.data[0]}, split {names[split]}"
+                raise runtime.UserError(f"{where}: no annotations beside the questions")
     return sources
 
 
