@@ -389,7 +389,7 @@ def read_checkpoint(path, kind=Config):
 TASKS = {"vqa": (VQA, vqa), "nlvr2": (NLVR2, nlvr2), "classify": (Classifier, classify)}
 
 
-def read_task(task, path, device):
+def load_task(task, path, device):
     """A fine-tuned checkpoint → the task's module, tokenizer, choices (answers, classes). UserError if it is of another
     task, or has another number of choices than its head."""
     content, config, tokenizer = read_checkpoint(path)
@@ -450,7 +450,7 @@ def evaluate_retrieval(args, here):
 
 
 def evaluate_task(args, here):
-    module, tokenizer, choices = read_task(args.task, args.checkpoint, here.device)
+    module, tokenizer, choices = load_task(args.task, args.checkpoint, here.device)
     config = module.model.config
     source = data.read_task(args.task, args.data, args.split, config.image_size)
     here.print(f"{args.split}: {len(source)} samples")
