@@ -214,11 +214,10 @@ def test_nlvr2_writes_what_metrics_py_reads(start, tmp_path, monkeypatch, capsys
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_of_the_command_line_are_one_line(start, tmp_path):
+def test_a_mistake_of_the_command_line_is_one_line(start, monkeypatch):
     refused(command("finetune.py", "--init", start), "--task")
-    refused(
-        command("evaluate.py", "--task", "vqa", "--checkpoint", start), "has no head for task vqa: fine-tune it first"
-    )
+    with pytest.raises(runtime.UserError, match="has no head for task vqa: fine-tune it first: finetune.py --task vqa"):
+        call(monkeypatch, evaluate, "--task", "vqa", "--checkpoint", start)
 
 
 @pytest.mark.parametrize(

@@ -178,11 +178,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_gradients_equal_those_of_one_process(world, processes, monkeypatch):
+def both():
+    return [exchanged(12), several(CASES)]  # several() replaces the draw
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def many(request, processes):
+    """Of each of two, and of three, processes: what both() returns."""
+    return processes(request.param, both)
+
+
+def test_gradients_equal_those_of_one_process(many, monkeypatch):
     monkeypatch.setattr(losses, "draw_negatives", losses.draw_negatives)  # restored after the test
     expected = several(CASES)
-    found = processes(world, several, CASES)[0]
+    [_, found] = many[0]
     for one, many in zip(expected, found):
         assert one.keys() == many.keys() and len(one) == 4
         for name in one:
@@ -240,11 +249,10 @@ def exchanged(world_pairs):
     return right, temperature_gradient()
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_exchange_brings_what_a_full_gather_would(world, processes):
-    answers = processes(world, exchanged, 12)
+def test_exchange_brings_what_a_full_gather_would(many):
+    answers = [answer for answer, _ in many]
     assert all(right for right, _ in answers)
-    mean = sum(gradient for _, gradient in answers) / world
+    mean = sum(gradient for _, gradient in answers) / len(many)
     assert abs(mean - temperature_gradient()) <= 1e-9 * abs(mean)
 
 
