@@ -373,13 +373,14 @@ def small_dvae(args, here, config):
     return train(argparse.Namespace(**vars(args) | defaults | own | {"batch_size": batch}), here)
 
 
-def build(args, here, config, start):
-    """The model, and what of it comes from the checkpoint: {group: how}."""
+def build(args, here, config, start, anew=()):
+    """The model, and what of it comes from the checkpoint: {group: how}. Groups in `anew` do not."""
     runtime.seed_all(args.seed)
     model = VLMo(config)
     if not start:
         return model, {}
-    how = weights.fit(model, start.content["model"], start.config, start.path)
+    tensors = {name: t for name, t in start.content["model"].items() if weights.group(name) not in anew}
+    how = weights.fit(model, tensors, start.config, start.path)
     if not start.resumed:
         here.print(
             f"{start.path} (stage {start.content['stage']}, step {start.content['step']}):\n{weights.report(how)}"
