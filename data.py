@@ -647,12 +647,16 @@ def normalise(answer):
 
 
 def answer_vocabulary(majorities, least=9):
-    """The answers that a model chooses from: the normalised majority answers that come at least 9 times; those of
-    train2014 and val2014 are the usual 3,129. The most frequent come first."""
+    """The answers that a model chooses from: the normalised majority answers that come at least 9 times, as they come;
+    those of train2014 and val2014 are the usual 3,129."""
     counts = collections.Counter(map(normalise, majorities))
-    return sorted(
-        (answer for answer in counts if counts[answer] >= least), key=lambda answer: (-counts[answer], answer)
-    )
+    return [answer for answer, count in counts.items() if count >= least]
+
+
+def released_answers(folder):
+    """The answers of the released VQA models, in the order of their outputs, from a folder of VQA 2.0."""
+    files = (read_vqa(folder, subset) for subset in ("train2014", "val2014"))
+    return answer_vocabulary(majority for _, _, _, known in files for _, majority, _ in (known or {}).values())
 
 
 def soft_scores(answers, numbers):

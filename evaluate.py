@@ -24,7 +24,7 @@ import losses
 import runtime
 import weights
 from dvae import codebook_use
-from mome import NLVR2, VQA, Classifier, Config, VLMo
+from mome import NLVR2, VQA, Classifier, Config
 
 # ---- Metrics ---------------------------------------------------------------------------------------------------------
 
@@ -386,24 +386,40 @@ def read_checkpoint(path, kind=Config):
     return content, config, text and data.tokenizer_from_json(text, path)
 
 
+def vocabulary(path, content, tokenizer, vocab):
+    """The tokenizer of a checkpoint, or that of the file `vocab`, which must be the same where there are both. None:
+    there is neither, and the checkpoint has learned no words."""
+    given = vocab and data.load_tokenizer(vocab)
+    if given and tokenizer and given.get_vocab() != tokenizer.get_vocab():
+        raise runtime.UserError(f"--vocab {vocab} is not the vocabulary that {path} was trained with")
+    if not given and not tokenizer and "words.weight" in content["model"]:
+        raise runtime.UserError(f"{path} was imported without its vocabulary: give it with --vocab")
+    return tokenizer or given
+
+
 TASKS = {"vqa": (VQA, vqa), "nlvr2": (NLVR2, nlvr2), "classify": (Classifier, classify)}
 
 
-def load_task(task, path, device):
-    """A fine-tuned checkpoint → the task's module, tokenizer, choices (answers, classes). UserError if it is of another
-    task, or has another number of choices than its head."""
+def load_task(task, path, vocab, device):
+    """A fine-tuned checkpoint → the task's module, its words, and choices (answers, classes). UserError if it is of
+    another task, or has another number of choices than its head."""
     content, config, tokenizer = read_checkpoint(path)
     if content["stage"] != task:
         advice = f"fine-tune it first: finetune.py --task {task} --init {path}"
         raise runtime.UserError(f"{path} (stage {content['stage']}) has no head for task {task}: {advice}")
-    model, choices = VLMo(config), content["choices"]
-    weights.fit(model, content["model"], config, path)
-    module = TASKS[task][0](model, len(choices)).to(device)
+    choices = content["choices"]
+    if choices is None:
+        raise runtime.UserError(f"{path} was imported without its answers: import it again, with --answers")
+    model, _ = weights.rebuild(content["model"], config, path)
+    module = TASKS[task][0](model, len(choices))
     there = list(content["head"].values())[-1].shape[0]
     if there != len(choices):
         raise runtime.UserError(f"{path} has {len(choices)} answers or classes and a head for {there}: it is damaged")
     weights.load_exactly(module.head, content["head"], path)
-    return module, tokenizer, choices
+    words = None
+    if task != "classify":
+        words = data.Words(vocabulary(path, content, tokenizer, vocab), config.max_text_len)
+    return module.to(device), words, choices
 
 
 def main():
@@ -416,6 +432,7 @@ def main():
         "--rerank", type=int, default=0, metavar="K", help="retrieval: the K best again, by the ITM head"
     )
     parser.add_argument("--predictions", metavar="FILE", help="vqa: json for the server; nlvr2: csv for metrics.py")
+    parser.add_argument("--vocab", metavar="FILE", help="where weights.py imported the checkpoint without one")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off")
     args = parser.parse_args()
@@ -436,8 +453,7 @@ def main():
 
 def evaluate_retrieval(args, here):
     content, config, tokenizer = read_checkpoint(args.checkpoint)
-    model = VLMo(config).to(here.device)
-    how = weights.fit(model, content["model"], config, args.checkpoint)
+    model, how = weights.rebuild(content["model"], config, args.checkpoint)
     for group in ["itc_image", "itm_head"] if args.rerank else ["itc_image"]:
         if how[group] == "fresh":
             lacks = {"itc_image": "ITC, which retrieval needs", "itm_head": "ITM, which --rerank needs"}[group]
@@ -445,20 +461,18 @@ def evaluate_retrieval(args, here):
     source = data.read_sources(args.data, args.split, config.image_size)
     captions = sum(len(source[i].captions) for i in range(len(source)))
     here.print(f"{args.split}: {len(source)} images, {captions} captions")
-    words = data.Words(tokenizer, config.max_text_len)
-    return retrieval(model, source, words, here.device, args.batch_size, args.rerank)
+    words = data.Words(vocabulary(args.checkpoint, content, tokenizer, args.vocab), config.max_text_len)
+    return retrieval(model.to(here.device), source, words, here.device, args.batch_size, args.rerank)
 
 
 def evaluate_task(args, here):
-    module, tokenizer, choices = load_task(args.task, args.checkpoint, here.device)
-    config = module.model.config
-    source = data.read_task(args.task, args.data, args.split, config.image_size)
+    module, words, choices = load_task(args.task, args.checkpoint, args.vocab, here.device)
+    source = data.read_task(args.task, args.data, args.split, module.model.config.image_size)
     here.print(f"{args.split}: {len(source)} samples")
     if args.task == "vqa" and not source[0].answers and not args.predictions:
         raise runtime.UserError(
             f"split {args.split} has no published answers: --predictions writes yours for the server"
         )
-    words = tokenizer and data.Words(tokenizer, config.max_text_len)
     results, predictions = TASKS[args.task][1](module, source, words, choices, here.device, args.batch_size)
     if args.predictions and here.main:
         runtime.write(args.predictions, lambda file: file.write(predictions.encode()))

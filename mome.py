@@ -176,7 +176,8 @@ class MoME(nn.Module):
             self.text_position = embedding(config.max_text_len, D)
             self.image_position = embedding(1 + side * side, D)
         else:
-            text, image, size = relative_index(config.max_text_len, side, config.text_reach)
+            with torch.device("cpu"):  # real where the rest is built on device "meta"
+                text, image, size = relative_index(config.max_text_len, side, config.text_reach)
             self.register_buffer("text_index", text, persistent=False)
             self.register_buffer("image_index", image, persistent=False)
             self.relative_table = nn.Parameter(torch.zeros(size, config.heads * config.layers))

@@ -206,6 +206,10 @@ DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, Ass
 DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a file that is no checkpoint
 
 
+def first_line(error):
+    return str(error).strip().split("\n")[0][:120]
+
+
 def load(path):
     """A checkpoint of this project as a dict of CPU tensors and plain values. UserError if it is none."""
     if not Path(path).is_file():
@@ -213,8 +217,7 @@ def load(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"{path} is not a checkpoint of this project, or is damaged ({reason})") from None
+        raise UserError(f"{path} is not a checkpoint of this project, or is damaged ({first_line(error)})") from None
     has = content.keys() if isinstance(content, dict) else ()
     if lacks := {"stage", "step", "args", "config", "model", "tokenizer"}.difference(has):
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(sorted(lacks))}")

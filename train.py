@@ -382,9 +382,8 @@ def build(args, here, config, start, anew=()):
     tensors = {name: t for name, t in start.content["model"].items() if weights.group(name) not in anew}
     how = weights.fit(model, tensors, start.config, start.path)
     if not start.resumed:
-        here.print(
-            f"{start.path} (stage {start.content['stage']}, step {start.content['step']}):\n{weights.report(how)}"
-        )
+        here.print(f"{start.path} (stage {start.content['stage']}, step {start.content['step']}):")
+        here.print(weights.report(weights.describe(how, model)))
     return model, how
 
 
@@ -422,13 +421,15 @@ def vocabulary(args, here, config, start, corpus):
 
 def make_tokenizer(args, here, start, corpus, size):
     """That of the checkpoint, that of --vocab (the same, where both have one), or one trained on the corpus."""
-    given, known = args.vocab and data.load_tokenizer(args.vocab), start and start.tokenizer
-    if given and known and given.get_vocab() != known.get_vocab():
-        raise runtime.UserError(f"--vocab {args.vocab} is not the vocabulary that {start.path} was trained with")
+    known = start and start.tokenizer
     if known and args.vocab_size not in (None, known.get_vocab_size()):
         raise runtime.UserError(f"--vocab-size: {start.path} has a vocabulary of {known.get_vocab_size()}, which stays")
-    if given or known:
-        return known or given
+    if start:
+        tokenizer = evaluate.vocabulary(start.path, start.content, known, args.vocab)
+    else:
+        tokenizer = args.vocab and data.load_tokenizer(args.vocab)
+    if tokenizer:
+        return tokenizer
     text = here.from_main(lambda: data.train_tokenizer(corpus(), size).to_str())
     return data.tokenizer_from_json(text, "the new tokenizer")
 

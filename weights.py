@@ -1,4 +1,8 @@
-"""From one checkpoint's tensors to another model: what is taken, resampled, copied, or starts fresh.
+"""From one checkpoint's tensors to another model: what is taken, resampled, copied, or starts fresh; and from the
+weights that the authors of VLMo and BEiT published to a checkpoint of this project.
+
+    python weights.py vlmo_base_patch16_480_vqa.pt -o vqa.pt --vocab bert-base-uncased-vocab.txt --answers vqa2
+    python weights.py beit_base_patch16_224_pt22k_ft22kto1k.pth -o beit.pt
 
 Shape letters: D dim, H heads, L layers, w patches on a side of the image, T text positions; I as in relative_index.
 
@@ -7,11 +11,19 @@ of the blocks a modality's experts, or the norms, …, of all layers together ("
 """
 
 import collections
+import dataclasses
+import math
+import re
+import textwrap
+import zipfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+import data
 import runtime
+from mome import CONFIGS, NLVR2, VQA, Config, VLMo
 
 # No tensor can be fitted to another one of these (LayerScale: whether there is any).
 FIXED = ("dim", "layers", "heads", "patch_size", "position", "experts", "attention", "layer_scale")
@@ -43,7 +55,8 @@ def learned(model, taken):
 
 
 def fit(model, tensors, config, path):
-    """Loads what another checkpoint learned (its tensors and Config) → {group: how}, in the model's order.
+    """Gives the model what another checkpoint learned (its tensors, themselves, and Config) → {group: how}, in the
+    model's order.
 
     how is "taken"; "resampled", for positions at another resolution or text length; "copied", for experts (and separate
     attention) of language and vl that the file lacks and the vision ones stand in for; or "fresh", left as they are.
@@ -65,7 +78,7 @@ def fit(model, tensors, config, path):
         elif group(name) in present or group(name) not in OPTIONAL:
             raise runtime.UserError(f"{path} lacks {name}")
         elif vision in tensors:
-            state[name] = tensors[vision]
+            state[name] = tensors[vision].clone()
             how[group(name)] = "copied"
         else:
             state[name] = tensor
@@ -76,8 +89,25 @@ def fit(model, tensors, config, path):
     for name in tensors:
         if name not in own:
             raise runtime.UserError(f"{path} has {name}, and this model does not: is --vl-layers another?")
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
     return how
+
+
+def rebuild(tensors, config, path, image_size=None):
+    """The model of a checkpoint's tensors and Config, at another resolution if one is given → VLMo, {group: how}.
+    As fit, but only what starts fresh is initialised: the rest takes no memory of its own."""
+    try:
+        new = dataclasses.replace(config, image_size=image_size or config.image_size)
+    except ValueError as error:
+        raise runtime.UserError(str(error)) from None
+    with torch.device("meta"):
+        model = VLMo(new)
+    own, present = model.state_dict(), groups(tensors)
+    absent = [name for name in own if group(name) not in present and not name.startswith("blocks.")]
+    if absent:
+        short = VLMo(dataclasses.replace(new, layers=1, vl_layers=0)).state_dict()  # has all that is not in a block
+        model.load_state_dict(own | {name: short[name] for name in absent}, assign=True)
+    return model, fit(model, tensors, config, path)
 
 
 def load_exactly(module, tensors, path):
@@ -98,12 +128,22 @@ def vision_name(name):
     return ".".join(parts)
 
 
-def report(how):
-    """{group: how} as lines for the user."""
-    lines = collections.defaultdict(list)
-    for name, what in how.items():
-        lines[what].append(name)
-    return "\n".join(f"  {what}: {', '.join(names)}" for what, names in lines.items())
+def describe(how, model):
+    """{group: how} → {group: (how, its parameters)}."""
+    count = collections.Counter()
+    for name, tensor in model.state_dict().items():
+        count[group(name)] += tensor.numel()
+    return {name: (what, count[name]) for name, what in how.items()}
+
+
+def report(rows):
+    """{name: (how, parameters)} as a table for the user."""
+    lines = []
+    for what in dict.fromkeys(how for how, _ in rows.values()):
+        names = [name for name, (how, _) in rows.items() if how == what]
+        start = f"  {what:9} {sum(rows[name][1] for name in names) / 1e6:6.1f} M  "
+        lines += textwrap.wrap(", ".join(names), 118, initial_indent=start, subsequent_indent=" " * len(start))
+    return "\n".join(lines)
 
 
 # ---- Positions -------------------------------------------------------------------------------------------------------
@@ -139,3 +179,382 @@ def fit_table(table, sides, old_reach, new_reach):
     words = table[I + old_reach + distance]
     words[0], words[-1] = table[I + 1], table[-3]
     return torch.cat([patches, table[I - 3 : I + 1], words, table[-2:]])
+
+
+# ---- Released files --------------------------------------------------------------------------------------------------
+
+TABLE = "relative_position_bias_table"
+TEXT_POSITION = "text_embeddings.position_embeddings.weight"  # the relative files have it, and do not use it
+BERT_TYPE = "text_embeddings.token_type_embeddings.weight"
+
+# Our name of a tensor, or of a module, → the file's.
+IMAGE = {
+    "image_cls": "cls_token",
+    "patches": "patch_embed.proj",
+    "image_position": "pos_embed",
+}
+BLOCK = {
+    "norm": "norm1",
+    "attention.query.shared.weight": "attn.qkv.weight",
+    "attention.key.shared.weight": "attn.qkv.weight",
+    "attention.value.shared.weight": "attn.qkv.weight",
+    "attention.query.shared.bias": "attn.q_bias",
+    "attention.value.shared.bias": "attn.v_bias",
+    "attention.out.shared": "attn.proj",
+    "attention_branch.gamma": "gamma_1",
+    "expert_branch.gamma": "gamma_2",
+}
+BEIT_BLOCK = BLOCK | {"experts.vision.norm": "norm2", "experts.vision": "mlp"}
+VLMO_BLOCK = BLOCK | {
+    "experts.vision.norm": "norm2_imag",
+    "experts.vision": "mlp_imag",
+    "experts.language.norm": "norm2_text",
+    "experts.language": "mlp_text",
+    "experts.vl.norm": "norm2_vl",
+    "experts.vl": "mlp_vl",
+}
+VLMO = {ours: f"transformer.{theirs}" for ours, theirs in (IMAGE | {"norm": "norm"}).items()} | {
+    "words": "text_embeddings.word_embeddings",
+    "text_norm": "text_embeddings.LayerNorm",
+    "text_position": TEXT_POSITION,
+    "types": "token_type_embeddings.weight",
+    "relative_table": TABLE,
+    "itc_image": "itc_image_proj.fc",
+    "itc_text": "itc_text_proj.fc",
+    "logit_scale": "logit_scale",
+    "pooler": "pooler.dense",
+    "itm_head": "itm_score.fc",
+    "mlm_head.0": "mlm_score.transform.dense",
+    "mlm_head.2": "mlm_score.transform.LayerNorm",
+    "mlm_head.3.weight": "mlm_score.decoder.weight",
+    "mlm_head.3.bias": "mlm_score.bias",
+}
+VLMO_TASKS = {"vqa_classifier": VQA, "nlvr2_classifier": NLVR2}
+
+# Groups that a released file has whole, or lacks whole.
+VLMO_OPTIONAL = [{"itc_image", "itc_text", "logit_scale"}, {"itm_head"}, {"mlm_head"}, {"blocks.*.experts.vl"}]
+BEIT_OPTIONAL = [OPTIONAL | {"types", "norm", "relative_table"}]
+
+# What they have besides: indices, a contrastive branch that is not in the paper, BEiT's own heads.
+VLMO_IGNORED = re.compile(
+    r"itc_vl_(image|text)_proj\.fc\.weight|logit_vl_scale|text_embeddings\.(position|token_type)_ids"
+    r"|(text_|text_imag_)?relative_position_index"
+)
+BEIT_IGNORED = re.compile(r"mask_token|(lm_head|head|fc_norm|norm)\..*|(.*\.)?relative_position_index")
+
+NAMES = {768: "base", 544: "base_plus", 1024: "large"}  # the published sizes by their width
+REACH = 196  # how many text positions their tables tell apart
+
+
+def from_vlmo(state_dict, heads=None, reach=REACH, image_size=None):
+    """The weights of a released VLMo file → (model, report).
+
+    state_dict: its tensors by name; the model takes them themselves where it can, without a copy. heads: where
+    positions are absolute and the width is not a published one (768, 544, 1024). reach: how many text positions the
+    relative table tells apart. image_size: another resolution than the file's, in pixels.
+    model: a VLMo; a VQA or NLVR2 where the file has their classifier. report: {group, or name in the file: ("taken",
+    "resampled", "copied", "fresh" or "ignored", parameters)}.
+    UserError that names what is missing, left over or of a wrong shape.
+    """
+    layers, image_rows = count_layers(state_dict, "transformer."), None
+    if relative := TABLE in state_dict:
+        rows, columns = need(state_dict, TABLE, 2).shape
+        image_rows, heads = rows - 2 * reach - 2, heads_of(TABLE, columns, layers, heads)
+    fuses = sum(f"transformer.blocks.{i}.mlp_vl.fc1.weight" in state_dict for i in range(layers))
+    config = architecture(
+        state_dict, "transformer.", layers, heads, image_rows, reach,
+        vl_layers=fuses or usual_vl_layers(layers),  # stage text leaves none
+        vocab_size=len(need(state_dict, "text_embeddings.word_embeddings.weight", 2)),
+        max_text_len=len(need(state_dict, TEXT_POSITION, 2)),
+    )  # fmt: skip
+    tasks = [task for task in VLMO_TASKS if any(key.startswith(task) for key in state_dict)]
+    if len(tasks) > 1:
+        raise runtime.UserError(f"it has {' and '.join(tasks)}, where a released file has one")
+    if not fuses and any(key.startswith(("itm_score", *tasks)) for key in state_dict):
+        raise runtime.UserError(f"it lacks transformer.blocks.{layers - 1}.mlp_vl, which its heads read")
+    choices = [len(need(state_dict, f"{task}.3.weight", 2)) for task in tasks]
+
+    with torch.device("meta"):
+        blank = VLMo(config)
+        for task in tasks:
+            blank = VLMO_TASKS[task](blank, *choices)
+    names = VLMO | blocks("transformer.", VLMO_BLOCK, layers) | {"head": task for task in tasks}
+    ignored = {key for key in state_dict if VLMO_IGNORED.fullmatch(key)} | ({TEXT_POSITION} if relative else set())
+    tensors = translate(state_dict, blank, names, VLMO_OPTIONAL, ignored | {BERT_TYPE})
+    first = "words.weight" if relative else "text_position"  # BERT adds row 0 of its types to every word
+    tensors[first] = tensors[first] + need(state_dict, BERT_TYPE, 2, config.dim)[0]
+    head = {name: tensors.pop(f"head.{name}") for name in blank.head.state_dict()} if tasks else {}
+
+    model, how = rebuild(tensors, config, "the file", image_size)
+    rows = describe(how, model)
+    for task in tasks:
+        model = VLMO_TASKS[task](model, *choices)
+        model.head.load_state_dict(head, assign=True)
+        rows[task] = ("taken", sum(tensor.numel() for tensor in head.values()))
+    return model, rows | left_behind(state_dict, ignored)
+
+
+def from_beit(state_dict, heads=None, image_size=None):
+    """The weights of a released BEiT file, as stage image leaves them → (VLMo, report): see from_vlmo.
+
+    What BEiT does not have starts fresh: text embeddings, the final norm, heads; the text rows of the relative table
+    and the types start at zero, so that its features are BEiT's. Language and vl experts are copies of the vision
+    expert (Table 4, "image-only").
+    """
+    layers, image_rows, table = count_layers(state_dict, ""), None, None
+    keys = [f"blocks.{i}.attn.{TABLE}" for i in range(layers)]
+    if f"rel_pos_bias.{TABLE}" in state_dict:
+        keys = [f"rel_pos_bias.{TABLE}"] * layers
+    if relative := keys[0] in state_dict:
+        tables = [need(state_dict, key, 2) for key in keys]
+        image_rows, columns = tables[0].shape
+        for key, other in zip(keys, tables):
+            if other.shape != tables[0].shape:
+                raise runtime.UserError(f"{key} is {tuple(other.shape)}, and {keys[0]} {tuple(tables[0].shape)}")
+        heads = heads_of(keys[0], columns, 1, heads)
+        table = torch.cat([torch.cat(tables, dim=1).float(), torch.zeros(2 * REACH + 2, layers * heads)])
+    config = architecture(state_dict, "", layers, heads, image_rows, REACH, vl_layers=usual_vl_layers(layers))
+
+    with torch.device("meta"):
+        blank = VLMo(config)
+    ignored = {key for key in state_dict if BEIT_IGNORED.fullmatch(key)}
+    tensors = translate(state_dict, blank, IMAGE | blocks("", BEIT_BLOCK, layers), BEIT_OPTIONAL, ignored | set(keys))
+    tensors |= {"types": torch.zeros(3, config.dim), "norm.weight": torch.ones(config.dim)}
+    tensors |= {"norm.bias": torch.zeros(config.dim)} | ({"relative_table": table} if relative else {})
+    model, how = rebuild(tensors, config, "the file", image_size)
+    rows = describe(how | {"types": "fresh", "norm": "fresh"}, model)
+    return model, rows | left_behind(state_dict, ignored)
+
+
+def need(state_dict, key, rank, width=None):
+    """A tensor that the file must have, of so many dimensions, the last one of a width."""
+    if key not in state_dict:
+        raise runtime.UserError(f"it lacks {key}")
+    tensor = state_dict[key]
+    if tensor.ndim != rank or 0 in tensor.shape or width not in (None, tensor.shape[-1]):
+        raise runtime.UserError(f"{key} has the shape {tuple(tensor.shape)}")
+    return tensor
+
+
+def count_layers(state_dict, prefix):
+    pattern = re.compile(re.escape(prefix) + r"blocks\.(\d+)\.")
+    found = {int(match[1]) for key in state_dict if (match := pattern.match(key))}
+    if gaps := set(range(max(1, len(found)))) - found:
+        raise runtime.UserError(f"it lacks {prefix}blocks.{min(gaps)}")
+    return len(found)
+
+
+def heads_of(key, columns, layers, heads):
+    """The number of heads that a table of relative positions has columns for."""
+    if columns % layers or heads not in (None, columns // layers):
+        wanted = f"{layers} layers" + (f" of {heads} heads" if heads else "")
+        raise runtime.UserError(f"{key} has {columns} columns, which does not fit {wanted}")
+    return columns // layers
+
+
+def usual_vl_layers(layers):
+    """F of the published sizes: 2 of 12 layers, 3 of 24."""
+    return min(3, max(1, layers // 6))
+
+
+def architecture(state_dict, prefix, layers, heads, image_rows, reach, **more):
+    """The Config of a released file. image_rows: of its table of relative positions; None: positions are absolute."""
+    dim = need(state_dict, f"{prefix}cls_token", 3).shape[-1]
+    patch = need(state_dict, f"{prefix}patch_embed.proj.weight", 4).shape[-1]
+    usual = CONFIGS[NAMES[dim]] if dim in NAMES else None
+    heads = heads or usual and usual.heads
+    if not heads:
+        raise runtime.UserError(f"absolute positions do not tell the number of heads of a width of {dim}: give --heads")
+    if image_rows is None:
+        patches = need(state_dict, f"{prefix}pos_embed", 3).shape[1] - 1
+        side = math.isqrt(patches)
+        if side**2 != patches or not side:
+            raise runtime.UserError(f"{prefix}pos_embed has {patches} patches, which are no square")
+    else:
+        span = math.isqrt(max(0, image_rows - 3))
+        side = (span + 1) // 2
+        if span**2 != image_rows - 3 or span % 2 == 0:
+            with_text = f"with {reach} positions of text (--reach)" if prefix else "of patches"
+            raise runtime.UserError(f"no resolution has as many rows as its {TABLE}, {with_text}")
+    try:
+        return Config(
+            dim=dim, layers=layers, heads=heads, image_size=side * patch, patch_size=patch, text_reach=reach,
+            position="absolute" if image_rows is None else "relative",
+            layer_scale=0.1 if f"{prefix}blocks.0.gamma_1" in state_dict else 0.0,
+            drop_path=usual.drop_path if usual else 0.0, **more
+        )  # fmt: skip
+    except ValueError as error:
+        raise runtime.UserError(str(error)) from None
+
+
+def blocks(prefix, names, layers):
+    return {
+        f"blocks.{i}.{ours}": f"{prefix}blocks.{i}.{theirs}" for i in range(layers) for ours, theirs in names.items()
+    }
+
+
+def translate(state_dict, blank, names, optional, ignored):
+    """A released file's tensors by our names and in our shapes, which are those of `blank`."""
+    tensors, used, absent = {}, set(ignored), {}
+    for name, wanted in blank.state_dict().items():
+        name = name.removeprefix("model.")  # of a task's module
+        key = theirs(name, names)
+        if key not in state_dict:
+            absent[name] = key
+            continue
+        tensor = unpacked(name, state_dict[key]).float()
+        if tensor.shape != wanted.shape:
+            there = tuple(state_dict[key].shape)
+            raise runtime.UserError(f"{key} has the shape {there}: {tuple(wanted.shape)} fits the rest of the file")
+        tensors[name] = tensor
+        used.add(key)
+    present = set(groups(tensors))
+    free = set().union(*(unit for unit in optional if not unit & present))
+    for name, key in absent.items():
+        if group(name) not in free:
+            raise runtime.UserError(f"it lacks {key}")
+    if left := [key for key in state_dict if key not in used]:
+        raise runtime.UserError(f"it has {', '.join(left[:3])}{' …' if left[3:] else ''}, which no released file has")
+    return tensors
+
+
+def theirs(name, names):
+    """The file's name of our tensor, or None: that of the smallest module around it that is among `names`."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        if (module := ".".join(parts[:end])) in names:
+            return ".".join([names[module], *parts[end:]])
+
+
+def unpacked(name, tensor):
+    """Our tensor out of the file's."""
+    if re.search(r"attention\.(query|key|value)\.shared\.weight", name):  # the file has them as one
+        return tensor.chunk(3)[("query", "key", "value").index(name.split(".")[3])].clone()
+    if name in ("image_cls", "image_position"):
+        return tensor.squeeze()
+    if name == "types" and len(tensor) == 2:  # the second image's starts from the image's
+        return torch.cat([tensor, tensor[1:]])
+    return tensor
+
+
+def left_behind(state_dict, ignored):
+    """The rows of a report for what is ignored."""
+    count = collections.Counter()
+    for key in sorted(ignored):
+        count[re.sub(r"\d+", "*", key)] += state_dict[key].numel()
+    return {name: ("ignored", parameters) for name, parameters in count.items()}
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def read_released(path):
+    """The tensors of a released file by name, mapped into memory, not read. UserError if it holds none.
+
+    Only what torch.load(weights_only=True) reads: pickles can run any code.
+    """
+    if not Path(path).is_file():
+        raise runtime.UserError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except runtime.DAMAGED as error:
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            why = f"it needs {code[1]}, and loading that could run any code: only tensors are read"
+        else:
+            why = f"it is no file of torch.save, or is damaged ({runtime.first_line(error)})"
+        raise runtime.UserError(f"{path}: {why}") from None
+    for name in ("state_dict", "module", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            if {"stage", "config", "step"} <= content.keys():
+                raise runtime.UserError(f"{path} is a checkpoint of this project already")
+            content = content[name]
+    if not isinstance(content, dict) or not content:
+        raise runtime.UserError(f"{path} holds no tensors by name")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise runtime.UserError(f"{path}: {name} is no tensor")
+    whole = all(name.startswith("module.") for name in content)
+    return {name.removeprefix("module.") if whole else name: tensor for name, tensor in content.items()}
+
+
+def main():
+    parser = runtime.Parser(__doc__)
+    parser.add_argument("file", metavar="FILE", help="a released file, .pt or .pth")
+    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the checkpoint to write")
+    parser.add_argument("--vocab", metavar="FILE", help="VLMo: the vocabulary, vocab.txt of BERT (uncased)")
+    parser.add_argument("--answers", metavar="DIR", help="VQA: the folder of VQA 2.0, for the names of the answers")
+    parser.add_argument("--image-size", type=int, metavar="S", help="resample positions to S pixels [the file's]")
+    parser.add_argument("--heads", type=int, metavar="H", help="of absolute positions and a width of one's own")
+    parser.add_argument(
+        "--reach", type=int, default=REACH, metavar="R", help="text positions of the relative table [196]"
+    )
+    args = parser.parse_args()
+    state = read_released(args.file)
+    try:
+        if any(key.startswith("transformer.") for key in state):
+            module, rows = from_vlmo(state, args.heads, args.reach, args.image_size)
+            stage = stage_of(module, rows)
+        elif "patch_embed.proj.weight" in state:
+            (module, rows), stage = from_beit(state, args.heads, args.image_size), "image"
+        else:
+            raise runtime.UserError("it holds neither VLMo's weights nor BEiT's")
+    except runtime.UserError as error:
+        raise runtime.UserError(f"{args.file}: {error}") from None
+    model, head = (module, {}) if isinstance(module, VLMo) else (module.model, module.head.state_dict())
+    config, name = model.config, NAMES.get(model.config.dim, "base")
+    tokenizer, choices = read_vocabulary(args, stage, config), read_choices(args, module)
+    model.requires_grad_(False)  # to keep what the file has, and no more
+    content = {
+        "stage": stage, "step": 0, "args": {"config": name}, "config": dataclasses.asdict(config), "head": head,
+        "model": learned(model, [name for name, (how, _) in rows.items() if how in ("taken", "resampled")]),
+        "tokenizer": tokenizer and tokenizer.to_str(), "choices": choices,
+    }  # fmt: skip
+    runtime.save(args.out, content)
+    print(
+        f"{args.file} → {args.out}: stage {stage}, {config.layers} layers of {config.dim}, {config.heads} heads, "
+        f"{config.vl_layers} vision-language layers, {config.image_size} pixels, {config.position} positions"
+    )
+    print(report(rows))
+    if not tokenizer and stage != "image":
+        print("  without --vocab here, train.py, finetune.py and evaluate.py need it")
+    if stage == "vqa" and not choices:
+        print("  without --answers, the names of the answers are not known, and evaluate.py needs them")
+
+
+def stage_of(module, rows):
+    """Which stage or task of this project leaves such weights."""
+    if not isinstance(module, VLMo):
+        return "vqa" if isinstance(module, VQA) else "nlvr2"
+    if rows["blocks.*.experts.vl"][0] != "taken":
+        return "text"
+    return "vl" if rows["mlm_head"][0] == "taken" else "retrieval"
+
+
+def read_vocabulary(args, stage, config):
+    if not args.vocab:
+        return None
+    if stage == "image":
+        raise runtime.UserError("--vocab is of VLMo's files: BEiT has no words")
+    tokenizer = data.load_tokenizer(args.vocab)
+    if tokenizer.get_vocab_size() != config.vocab_size:
+        sizes = f"has {tokenizer.get_vocab_size()} entries, and {args.file} embeds {config.vocab_size}"
+        raise runtime.UserError(f"--vocab {args.vocab} {sizes}: it is another vocabulary")
+    return tokenizer
+
+
+def read_choices(args, module):
+    """What the outputs of a classifier mean, as far as it is known."""
+    if isinstance(module, NLVR2):
+        return ["False", "True"]
+    if not args.answers:
+        return None
+    if not isinstance(module, VQA):
+        raise runtime.UserError(f"--answers is of VQA, and {args.file} has no vqa_classifier")
+    answers, outputs = data.released_answers(args.answers), module.head[-1].out_features
+    if len(answers) != outputs:
+        raise runtime.UserError(f"--answers {args.answers} has {len(answers)} answers, and {args.file} {outputs}")
+    return answers
+
+
+if __name__ == "__main__":
+    runtime.run(main, data.DataError)

@@ -16,6 +16,15 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the tests are small; threads of several processes would wait for each other
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes, or gigabytes; runs with -m slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 def _start(rank, world, port, function, arguments, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)

@@ -442,7 +442,7 @@ def test_answers_are_compared_as_vqa_does(answer, means):
 
 def test_the_answer_vocabulary_holds_what_comes_nine_times():
     majorities = ["Yes"] * 5 + ["yes."] * 4 + ["no"] * 12 + ["two"] * 8 + ["a cat"] * 9
-    assert data.answer_vocabulary(majorities) == ["no", "cat", "yes"]
+    assert data.answer_vocabulary(majorities) == ["yes", "no", "cat"]
 
 
 def test_soft_scores_grow_by_three_tenths_an_annotator():

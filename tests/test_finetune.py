@@ -105,7 +105,13 @@ def best_of(task):
 def test_what_a_task_reads_learns_and_nothing_else(start, small_world, tmp_path, monkeypatch):
     before = runtime.load(start)["model"]
     moved = {}
-    for task, flags in {"vqa": [], "nlvr2": ["--seed", "1"], "retrieval": [], "classify": [], "probe": ["--linear-probe"]}.items():
+    for task, flags in {
+        "vqa": [],
+        "nlvr2": ["--seed", "1"],
+        "retrieval": [],
+        "classify": [],
+        "probe": ["--linear-probe"],
+    }.items():
         name = "classify" if task == "probe" else task
         run = ["--task", name, "--init", start, *BRIEF, *epochs(name, 2), *flags]
         call(monkeypatch, finetune, *run, "--out", tmp_path / task)
