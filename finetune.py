@@ -37,7 +37,7 @@ PAPER = {
 LARGE = {"vqa": {"lr": 1.5e-5}, "nlvr2": {"lr": 3e-5}, "retrieval": {"epochs": 10, "lr": 1e-5}}
 TINY = {  # what suits the tiny model in the built-in world: its ITM leaves a saturated pooler, which learns late
     "vqa": {"epochs": 0.32, "lr": 5e-4, "fresh_pooler": True},
-    "nlvr2": {"epochs": 0.16, "lr": 5e-4, "fresh_pooler": True},
+    "nlvr2": {"epochs": 0.16, "lr": 2.5e-4, "fresh_pooler": True},
     "retrieval": {"epochs": 0.32, "lr": 2.5e-4},
     "classify": {"epochs": 0.64, "lr": 2.5e-4},
     "probe": {"epochs": 0.64, "lr": 1e-2},

@@ -261,12 +261,9 @@ def from_vlmo(state_dict, heads=None, reach=REACH, image_size=None):
         rows, columns = need(state_dict, TABLE, 2).shape
         image_rows, heads = rows - 2 * reach - 2, heads_of(TABLE, columns, layers, heads)
     fuses = sum(f"transformer.blocks.{i}.mlp_vl.fc1.weight" in state_dict for i in range(layers))
-    config = architecture(
-        state_dict, "transformer.", layers, heads, image_rows, reach,
-        vl_layers=fuses or usual_vl_layers(layers),  # stage text leaves none
-        vocab_size=len(need(state_dict, "text_embeddings.word_embeddings.weight", 2)),
-        max_text_len=len(need(state_dict, TEXT_POSITION, 2)),
-    )  # fmt: skip
+    vocab_size = len(need(state_dict, "text_embeddings.word_embeddings.weight", 2))
+    length = len(need(state_dict, TEXT_POSITION, 2))
+    config = architecture(state_dict, "transformer.", layers, heads, image_rows, fuses, vocab_size, length, reach)
     tasks = [task for task in VLMO_TASKS if any(key.startswith(task) for key in state_dict)]
     if len(tasks) > 1:
         raise runtime.UserError(f"it has {' and '.join(tasks)}, where a released file has one")
@@ -313,7 +310,7 @@ def from_beit(state_dict, heads=None, image_size=None):
                 raise runtime.UserError(f"{key} is {tuple(other.shape)}, and {keys[0]} {tuple(tables[0].shape)}")
         heads = heads_of(keys[0], columns, 1, heads)
         table = torch.cat([torch.cat(tables, dim=1).float(), torch.zeros(2 * REACH + 2, layers * heads)])
-    config = architecture(state_dict, "", layers, heads, image_rows, REACH, vl_layers=usual_vl_layers(layers))
+    config = architecture(state_dict, "", layers, heads, image_rows)
 
     with torch.device("meta"):
         blank = VLMo(config)
@@ -352,13 +349,12 @@ def heads_of(key, columns, layers, heads):
     return columns // layers
 
 
-def usual_vl_layers(layers):
-    """F of the published sizes: 2 of 12 layers, 3 of 24."""
-    return min(3, max(1, layers // 6))
-
-
-def architecture(state_dict, prefix, layers, heads, image_rows, reach, **more):
-    """The Config of a released file. image_rows: of its table of relative positions; None: positions are absolute."""
+def architecture(
+    state_dict, prefix, layers, heads, image_rows, vl_layers=0, vocab_size=Config.vocab_size,
+    length=Config.max_text_len, reach=REACH,
+):  # fmt: skip
+    """The Config of a released file. image_rows: of its table of relative positions; None: positions are absolute.
+    vl_layers: where there are none yet, as many as the published sizes have, 2 of 12 layers or 3 of 24."""
     dim = need(state_dict, f"{prefix}cls_token", 3).shape[-1]
     patch = need(state_dict, f"{prefix}patch_embed.proj.weight", 4).shape[-1]
     usual = CONFIGS[NAMES[dim]] if dim in NAMES else None
@@ -378,11 +374,19 @@ def architecture(state_dict, prefix, layers, heads, image_rows, reach, **more):
             raise runtime.UserError(f"no resolution has as many rows as its {TABLE}, {with_text}")
     try:
         return Config(
-            dim=dim, layers=layers, heads=heads, image_size=side * patch, patch_size=patch, text_reach=reach,
+            dim=dim,
+            layers=layers,
+            heads=heads,
+            vl_layers=vl_layers or min(3, max(1, layers // 6)),
+            image_size=side * patch,
+            patch_size=patch,
+            vocab_size=vocab_size,
+            max_text_len=length,
             position="absolute" if image_rows is None else "relative",
+            text_reach=reach,
             layer_scale=0.1 if f"{prefix}blocks.0.gamma_1" in state_dict else 0.0,
-            drop_path=usual.drop_path if usual else 0.0, **more
-        )  # fmt: skip
+            drop_path=usual.drop_path if usual else 0.0,
+        )
     except ValueError as error:
         raise runtime.UserError(str(error)) from None
 
