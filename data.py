@@ -654,7 +654,8 @@ def answer_vocabulary(majorities, least=9):
 
 
 def released_answers(folder):
-    """The answers of the released VQA models, in the order of their outputs, from a folder of VQA 2.0."""
+    """The answers of the released VQA models from a folder of VQA 2.0, in the order of the authors' preprocessing: as
+    they come in train2014, then in val2014."""
     files = (read_vqa(folder, subset) for subset in ("train2014", "val2014"))
     return answer_vocabulary(majority for _, _, _, known in files for _, majority, _ in (known or {}).values())
 

@@ -392,8 +392,12 @@ def vocabulary(path, content, tokenizer, vocab):
     given = vocab and data.load_tokenizer(vocab)
     if given and tokenizer and given.get_vocab() != tokenizer.get_vocab():
         raise runtime.UserError(f"--vocab {vocab} is not the vocabulary that {path} was trained with")
-    if not given and not tokenizer and "words.weight" in content["model"]:
+    words = content["model"].get("words.weight")
+    if words is not None and not given and not tokenizer:
         raise runtime.UserError(f"{path} was imported without its vocabulary: give it with --vocab")
+    if words is not None and given and given.get_vocab_size() != len(words):
+        sizes = f"has {given.get_vocab_size()} entries, and {path} embeds {len(words)}"
+        raise runtime.UserError(f"--vocab {vocab} {sizes}: it is another vocabulary")
     return tokenizer or given
 
 
@@ -440,6 +444,8 @@ def main():
         raise runtime.UserError("--batch-size must be at least 1, and --rerank not negative")
     if args.rerank and args.task != "retrieval" or args.predictions and args.task not in ("vqa", "nlvr2"):
         raise runtime.UserError("--rerank is of task retrieval, and --predictions of vqa and nlvr2")
+    if args.vocab and args.task == "classify":
+        raise runtime.UserError("--vocab is of tasks with text, not of classify")
     if args.predictions and not Path(args.predictions).resolve().parent.is_dir():
         raise runtime.UserError(f"--predictions {args.predictions}: no such folder")
     here = runtime.Runtime(args.amp)

@@ -136,9 +136,13 @@ def set_up_choice(args, here, config, start):
     model, taken = train.build(args, here, config, start, anew)
     stage = TaskStage(module(model, len(choices)), task.loss, args.linear_probe)
     if same:
-        if start.content["choices"] != choices:
+        known = start.content["choices"]
+        if known is None:
+            raise runtime.UserError(f"{start.path} was imported without its answers: import it again, with --answers")
+        if sorted(known) != sorted(choices):
             advice = "name a checkpoint of another stage with --init, for a new head"
             raise runtime.UserError(f"{start.path} was trained with other answers or classes than --data has: {advice}")
+        choices = known  # in the order of the head
         weights.load_exactly(stage.head, start.content["head"], start.path)
     elif args.stage == "nlvr2":
         model.types.data[2] = model.types.data[1]  # the second image's type starts from the image's, as released

@@ -194,6 +194,7 @@ def write(path, fill):
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written, what was there before is kept: {error}") from None
 
 

@@ -1,7 +1,7 @@
 """From one checkpoint's tensors to another model: what is taken, resampled, copied, or starts fresh; and from the
 weights that the authors of VLMo and BEiT published to a checkpoint of this project.
 
-    python weights.py vlmo_base_patch16_480_vqa.pt -o vqa.pt --vocab bert-base-uncased-vocab.txt --answers vqa2
+    python weights.py vlmo_base_patch16_480_vqa.pt -o vqa.pt --vocab bert-base-uncased-vocab.txt --answers vqa
     python weights.py beit_base_patch16_224_pt22k_ft22kto1k.pth -o beit.pt
 
 Shape letters: D dim, H heads, L layers, w patches on a side of the image, T text positions; I as in relative_index.
@@ -15,8 +15,10 @@ import dataclasses
 import math
 import re
 import textwrap
+import warnings
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,19 +95,15 @@ def fit(model, tensors, config, path):
     return how
 
 
-def rebuild(tensors, config, path, image_size=None):
-    """The model of a checkpoint's tensors and Config, at another resolution if one is given → VLMo, {group: how}.
-    As fit, but only what starts fresh is initialised: the rest takes no memory of its own."""
-    try:
-        new = dataclasses.replace(config, image_size=image_size or config.image_size)
-    except ValueError as error:
-        raise runtime.UserError(str(error)) from None
+def rebuild(tensors, config, path):
+    """The model of a checkpoint's tensors and Config → VLMo, {group: how}. As fit, but only what starts fresh is
+    initialised: what is taken takes no memory of its own."""
     with torch.device("meta"):
-        model = VLMo(new)
+        model = VLMo(config)
     own, present = model.state_dict(), groups(tensors)
-    absent = [name for name in own if group(name) not in present and not name.startswith("blocks.")]
+    absent = [name for name in own if group(name) in OPTIONAL.difference(present) and not name.startswith("blocks.")]
     if absent:
-        short = VLMo(dataclasses.replace(new, layers=1, vl_layers=0)).state_dict()  # has all that is not in a block
+        short = VLMo(dataclasses.replace(config, layers=1, vl_layers=0)).state_dict()  # has all that is in no block
         model.load_state_dict(own | {name: short[name] for name in absent}, assign=True)
     return model, fit(model, tensors, config, path)
 
@@ -246,6 +244,17 @@ NAMES = {768: "base", 544: "base_plus", 1024: "large"}  # the published sizes by
 REACH = 196  # how many text positions their tables tell apart
 
 
+class Released(NamedTuple):
+    """A released file in the words of this project."""
+
+    config: Config
+    tensors: dict  # of the trunk and the heads of pre-training: the file's own where they are of the same shape
+    ignored: dict  # {name in the file: parameters}
+    task: str = ""  # the file's name of a task's classifier, and its tensors
+    head: dict = {}
+    how: dict = {}  # {group: "resampled" or "fresh"}, where it is not simply taken
+
+
 def from_vlmo(state_dict, heads=None, reach=REACH, image_size=None):
     """The weights of a released VLMo file → (model, report).
 
@@ -256,39 +265,12 @@ def from_vlmo(state_dict, heads=None, reach=REACH, image_size=None):
     "resampled", "copied", "fresh" or "ignored", parameters)}.
     UserError that names what is missing, left over or of a wrong shape.
     """
-    layers, image_rows = count_layers(state_dict, "transformer."), None
-    if relative := TABLE in state_dict:
-        rows, columns = need(state_dict, TABLE, 2).shape
-        image_rows, heads = rows - 2 * reach - 2, heads_of(TABLE, columns, layers, heads)
-    fuses = sum(f"transformer.blocks.{i}.mlp_vl.fc1.weight" in state_dict for i in range(layers))
-    vocab_size = len(need(state_dict, "text_embeddings.word_embeddings.weight", 2))
-    length = len(need(state_dict, TEXT_POSITION, 2))
-    config = architecture(state_dict, "transformer.", layers, heads, image_rows, fuses, vocab_size, length, reach)
-    tasks = [task for task in VLMO_TASKS if any(key.startswith(task) for key in state_dict)]
-    if len(tasks) > 1:
-        raise runtime.UserError(f"it has {' and '.join(tasks)}, where a released file has one")
-    if not fuses and any(key.startswith(("itm_score", *tasks)) for key in state_dict):
-        raise runtime.UserError(f"it lacks transformer.blocks.{layers - 1}.mlp_vl, which its heads read")
-    choices = [len(need(state_dict, f"{task}.3.weight", 2)) for task in tasks]
-
-    with torch.device("meta"):
-        blank = VLMo(config)
-        for task in tasks:
-            blank = VLMO_TASKS[task](blank, *choices)
-    names = VLMO | blocks("transformer.", VLMO_BLOCK, layers) | {"head": task for task in tasks}
-    ignored = {key for key in state_dict if VLMO_IGNORED.fullmatch(key)} | ({TEXT_POSITION} if relative else set())
-    tensors = translate(state_dict, blank, names, VLMO_OPTIONAL, ignored | {BERT_TYPE})
-    first = "words.weight" if relative else "text_position"  # BERT adds row 0 of its types to every word
-    tensors[first] = tensors[first] + need(state_dict, BERT_TYPE, 2, config.dim)[0]
-    head = {name: tensors.pop(f"head.{name}") for name in blank.head.state_dict()} if tasks else {}
-
-    model, how = rebuild(tensors, config, "the file", image_size)
-    rows = describe(how, model)
-    for task in tasks:
-        model = VLMO_TASKS[task](model, *choices)
-        model.head.load_state_dict(head, assign=True)
-        rows[task] = ("taken", sum(tensor.numel() for tensor in head.values()))
-    return model, rows | left_behind(state_dict, ignored)
+    released = resized(read_vlmo(state_dict, heads, reach), image_size)
+    model, _ = rebuild(released.tensors, released.config, "the file")
+    if released.task:
+        model = VLMO_TASKS[released.task](model, outputs(released))
+        model.head.load_state_dict(released.head, assign=True)
+    return model, rows_of(released)
 
 
 def from_beit(state_dict, heads=None, image_size=None):
@@ -298,38 +280,122 @@ def from_beit(state_dict, heads=None, image_size=None):
     and the types start at zero, so that its features are BEiT's. Language and vl experts are copies of the vision
     expert (Table 4, "image-only").
     """
-    layers, image_rows, table = count_layers(state_dict, ""), None, None
-    keys = [f"blocks.{i}.attn.{TABLE}" for i in range(layers)]
+    released = resized(read_beit(state_dict, heads), image_size)
+    return rebuild(released.tensors, released.config, "the file")[0], rows_of(released)
+
+
+def read_vlmo(state_dict, heads, reach):
+    """→ Released."""
+    layers, image_rows = count_layers(state_dict, "transformer."), None
+    if relative := TABLE in state_dict:
+        rows, columns = need(state_dict, TABLE, 2).shape
+        image_rows, heads = rows - 2 * reach - 2, heads_of(TABLE, columns, layers, heads)
+    elif "transformer.pos_embed" not in state_dict:
+        raise runtime.UserError(f"it lacks {TABLE}, or transformer.pos_embed")
+    config = architecture(state_dict, "transformer.", layers, heads, image_rows, reach)
+    index = state_dict.get("relative_position_index")
+    if relative and index is not None and len(index) != 1 + (config.image_size // config.patch_size) ** 2:
+        raise runtime.UserError(
+            f"its {TABLE} is of {config.image_size} pixels with a text reach of {reach} (--reach), "
+            f"and its relative_position_index of {len(index) - 1} patches"
+        )
+    length = len(need(state_dict, TEXT_POSITION, 2, config.dim))
+    if not 2 <= length <= reach:
+        raise runtime.UserError(f"{TEXT_POSITION} has {length} rows, where 2 … {reach} can be")
+    fusing = re.compile(r"transformer\.blocks\.(\d+)\.(mlp|norm2)_vl\.")
+    fuses = len({match[1] for key in state_dict if (match := fusing.match(key))})
+    tasks = [task for task in VLMO_TASKS if any(key.startswith(task) for key in state_dict)]
+    if len(tasks) > 1:
+        raise runtime.UserError(f"it has {' and '.join(tasks)}, where a released file has one")
+    if not fuses and any(key.startswith(("itm_score", *tasks)) for key in state_dict):
+        raise runtime.UserError(f"it lacks transformer.blocks.{layers - 1}.mlp_vl, which its heads read")
+    words = need(state_dict, "text_embeddings.word_embeddings.weight", 2, config.dim)
+    fuses = fuses or config.vl_layers  # stage text leaves none
+    config = dataclasses.replace(config, vl_layers=fuses, vocab_size=len(words), max_text_len=length)
+
+    with torch.device("meta"):
+        blank = VLMo(config)
+        for task in tasks:
+            choices = 2 if task == "nlvr2_classifier" else len(need(state_dict, f"{task}.3.weight", 2))
+            blank = VLMO_TASKS[task](blank, choices)
+    names = VLMO | blocks("transformer.", VLMO_BLOCK, layers) | {"head": task for task in tasks}
+    ignored = {key for key in state_dict if VLMO_IGNORED.fullmatch(key)} | ({TEXT_POSITION} if relative else set())
+    tensors = translate(state_dict, blank, names, VLMO_OPTIONAL, ignored | {BERT_TYPE})
+    first = "words.weight" if relative else "text_position"  # BERT adds row 0 of its types to every word
+    tensors[first] = tensors[first] + need(state_dict, BERT_TYPE, 2, config.dim, 2)[0]
+    head = {name.removeprefix("head."): tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
+    return Released(config, tensors, count(state_dict, ignored), "".join(tasks), head)
+
+
+def read_beit(state_dict, heads):
+    """→ Released."""
+    layers, image_rows = count_layers(state_dict, ""), None
+    keys = [f"blocks.{i}.attn.{TABLE}" for i in range(layers)]  # in fine-tuned files; else one for all layers, or none
     if f"rel_pos_bias.{TABLE}" in state_dict:
         keys = [f"rel_pos_bias.{TABLE}"] * layers
-    if relative := keys[0] in state_dict:
-        tables = [need(state_dict, key, 2) for key in keys]
-        image_rows, columns = tables[0].shape
-        for key, other in zip(keys, tables):
-            if other.shape != tables[0].shape:
-                raise runtime.UserError(f"{key} is {tuple(other.shape)}, and {keys[0]} {tuple(tables[0].shape)}")
+    if relative := any(key in state_dict for key in keys):
+        image_rows, columns = need(state_dict, keys[0], 2).shape
         heads = heads_of(keys[0], columns, 1, heads)
-        table = torch.cat([torch.cat(tables, dim=1).float(), torch.zeros(2 * REACH + 2, layers * heads)])
-    config = architecture(state_dict, "", layers, heads, image_rows)
+        tables = [need(state_dict, key, 2, heads, image_rows).float() for key in keys]
+    elif "pos_embed" not in state_dict:
+        raise runtime.UserError(f"it lacks rel_pos_bias.{TABLE}, {keys[0]}, or pos_embed")
+    config = architecture(state_dict, "", layers, heads, image_rows, REACH)
 
     with torch.device("meta"):
         blank = VLMo(config)
     ignored = {key for key in state_dict if BEIT_IGNORED.fullmatch(key)}
     tensors = translate(state_dict, blank, IMAGE | blocks("", BEIT_BLOCK, layers), BEIT_OPTIONAL, ignored | set(keys))
-    tensors |= {"types": torch.zeros(3, config.dim), "norm.weight": torch.ones(config.dim)}
-    tensors |= {"norm.bias": torch.zeros(config.dim)} | ({"relative_table": table} if relative else {})
-    model, how = rebuild(tensors, config, "the file", image_size)
-    rows = describe(how | {"types": "fresh", "norm": "fresh"}, model)
-    return model, rows | left_behind(state_dict, ignored)
+    if relative:
+        tensors["relative_table"] = torch.cat([torch.cat(tables, dim=1), torch.zeros(2 * REACH + 2, layers * heads)])
+    tensors |= {"types": torch.zeros(3, config.dim)}
+    tensors |= {"norm.weight": torch.ones(config.dim), "norm.bias": torch.zeros(config.dim)}
+    return Released(config, tensors, count(state_dict, ignored), how={"types": "fresh", "norm": "fresh"})
 
 
-def need(state_dict, key, rank, width=None):
-    """A tensor that the file must have, of so many dimensions, the last one of a width."""
+def resized(released, image_size):
+    """Released at another resolution."""
+    old = released.config
+    if image_size in (None, old.image_size):
+        return released
+    try:
+        new = dataclasses.replace(old, image_size=image_size)
+    except ValueError as error:
+        raise runtime.UserError(str(error)) from None
+    tensors, how = {}, dict(released.how)
+    for name, tensor in released.tensors.items():
+        tensors[name], same = fitted(name, tensor, old, tensor, new)
+        how |= {} if same else {group(name): "resampled"}
+    return released._replace(config=new, tensors=tensors, how=how)
+
+
+def rows_of(released):
+    """The report."""
+    with torch.device("meta"):
+        model = VLMo(released.config)
+    how = {}
+    for name in model.state_dict():
+        kind = "taken" if name in released.tensors else "copied" if vision_name(name) in released.tensors else "fresh"
+        how[group(name)] = released.how.get(group(name), kind)
+    rows = describe(how, model)
+    if released.task:
+        rows[released.task] = ("taken", sum(tensor.numel() for tensor in released.head.values()))
+    return rows | {name: ("ignored", parameters) for name, parameters in released.ignored.items()}
+
+
+def outputs(released):
+    """How many a task's classifier has."""
+    return len(released.head["3.bias"])
+
+
+def need(state_dict, key, rank, width=None, length=None):
+    """A tensor that the file must have, of so many dimensions, the last one of a width, the first one of a length."""
     if key not in state_dict:
         raise runtime.UserError(f"it lacks {key}")
     tensor = state_dict[key]
-    if tensor.ndim != rank or 0 in tensor.shape or width not in (None, tensor.shape[-1]):
-        raise runtime.UserError(f"{key} has the shape {tuple(tensor.shape)}")
+    there = tuple(tensor.shape)
+    if len(there) != rank or 0 in there or width not in (None, there[-1]) or length not in (None, there[0]):
+        wanted = ", ".join(map(str, [length or "…"] + ["…"] * (rank - 2) + [width or "…"]))
+        raise runtime.UserError(f"{key} has the shape {there}: ({wanted}) fits the rest of the file")
     return tensor
 
 
@@ -349,17 +415,17 @@ def heads_of(key, columns, layers, heads):
     return columns // layers
 
 
-def architecture(
-    state_dict, prefix, layers, heads, image_rows, vl_layers=0, vocab_size=Config.vocab_size,
-    length=Config.max_text_len, reach=REACH,
-):  # fmt: skip
-    """The Config of a released file. image_rows: of its table of relative positions; None: positions are absolute.
-    vl_layers: where there are none yet, as many as the published sizes have, 2 of 12 layers or 3 of 24."""
+def architecture(state_dict, prefix, layers, heads, image_rows, reach):
+    """The Config of a released file's trunk. image_rows: of its table of relative positions; None: they are absolute.
+    VL layers as in the published sizes: 2 of 12, 3 of 24."""
     dim = need(state_dict, f"{prefix}cls_token", 3).shape[-1]
     patch = need(state_dict, f"{prefix}patch_embed.proj.weight", 4).shape[-1]
     usual = CONFIGS[NAMES[dim]] if dim in NAMES else None
-    heads = heads or usual and usual.heads
-    if not heads:
+    if usual and heads not in (None, usual.heads):
+        raise runtime.UserError(f"a width of {dim} has {usual.heads} heads in the published sizes, and not {heads}")
+    if usual:
+        heads = usual.heads
+    if heads is None:
         raise runtime.UserError(f"absolute positions do not tell the number of heads of a width of {dim}: give --heads")
     if image_rows is None:
         patches = need(state_dict, f"{prefix}pos_embed", 3).shape[1] - 1
@@ -377,14 +443,13 @@ def architecture(
             dim=dim,
             layers=layers,
             heads=heads,
-            vl_layers=vl_layers or min(3, max(1, layers // 6)),
+            vl_layers=min(3, max(1, layers // 6)),
             image_size=side * patch,
             patch_size=patch,
-            vocab_size=vocab_size,
-            max_text_len=length,
+            max_text_len=min(Config.max_text_len, reach),
             position="absolute" if image_rows is None else "relative",
             text_reach=reach,
-            layer_scale=0.1 if f"{prefix}blocks.0.gamma_1" in state_dict else 0.0,
+            layer_scale=0.1 if any(".gamma_" in key for key in state_dict) else 0.0,
             drop_path=usual.drop_path if usual else 0.0,
         )
     except ValueError as error:
@@ -406,6 +471,8 @@ def translate(state_dict, blank, names, optional, ignored):
         if key not in state_dict:
             absent[name] = key
             continue
+        if not state_dict[key].is_floating_point() or state_dict[key].layout != torch.strided:
+            raise runtime.UserError(f"{key} is {state_dict[key].dtype}, {state_dict[key].layout}: not plain numbers")
         tensor = unpacked(name, state_dict[key]).float()
         if tensor.shape != wanted.shape:
             there = tuple(state_dict[key].shape)
@@ -441,32 +508,32 @@ def unpacked(name, tensor):
     return tensor
 
 
-def left_behind(state_dict, ignored):
-    """The rows of a report for what is ignored."""
-    count = collections.Counter()
-    for key in sorted(ignored):
-        count[re.sub(r"\d+", "*", key)] += state_dict[key].numel()
-    return {name: ("ignored", parameters) for name, parameters in count.items()}
+def count(state_dict, keys):
+    """Parameters of what is ignored; those of all layers together."""
+    parameters = collections.Counter()
+    for key in sorted(keys):
+        parameters[re.sub(r"\d+", "*", key)] += state_dict[key].numel()
+    return dict(parameters)
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def read_released(path):
-    """The tensors of a released file by name, mapped into memory, not read. UserError if it holds none.
-
-    Only what torch.load(weights_only=True) reads: pickles can run any code.
-    """
+    """The tensors of a released file by name, mapped into memory where they lie in it as they are. UserError if it
+    holds none. Only what torch.load(weights_only=True) reads: pickles can run any code."""
     if not Path(path).is_file():
         raise runtime.UserError(f"{path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except runtime.DAMAGED as error:
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored(path))
+    except (*runtime.DAMAGED, zipfile.BadZipFile) as error:
+        reason = runtime.first_line(error) or "it is empty"
         if code := re.search(r"GLOBAL (\S+)", str(error)):
-            why = f"it needs {code[1]}, and loading that could run any code: only tensors are read"
-        else:
-            why = f"it is no file of torch.save, or is damaged ({runtime.first_line(error)})"
-        raise runtime.UserError(f"{path}: {why}") from None
+            reason = f"it needs {code[1]}, and loading that could run any code: only tensors are read"
+        elif reason.startswith("Weights only load failed"):
+            reason = "it is damaged, or more than tensors is in it, which could run any code: only tensors are read"
+        raise runtime.UserError(f"{path} cannot be read as a file of torch.save: {reason}") from None
     for name in ("state_dict", "module", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             if {"stage", "config", "step"} <= content.keys():
@@ -481,6 +548,14 @@ def read_released(path):
     return {name.removeprefix("module.") if whole else name: tensor for name, tensor in content.items()}
 
 
+def is_stored(path):
+    """Whether a file is a zip archive whose parts are not compressed."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+
+
 def main():
     parser = runtime.Parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="a released file, .pt or .pth")
@@ -489,49 +564,52 @@ def main():
     parser.add_argument("--answers", metavar="DIR", help="VQA: the folder of VQA 2.0, for the names of the answers")
     parser.add_argument("--image-size", type=int, metavar="S", help="resample positions to S pixels [the file's]")
     parser.add_argument("--heads", type=int, metavar="H", help="of absolute positions and a width of one's own")
-    parser.add_argument(
-        "--reach", type=int, default=REACH, metavar="R", help="text positions of the relative table [196]"
-    )
+    parser.add_argument("--reach", type=int, metavar="R", help="text positions that a relative table tells apart [196]")
     args = parser.parse_args()
+    if Path(args.out).exists() and Path(args.file).exists() and Path(args.out).samefile(args.file):
+        raise runtime.UserError(f"-o {args.out} would replace the released file itself: name another")
     state = read_released(args.file)
     try:
         if any(key.startswith("transformer.") for key in state):
-            module, rows = from_vlmo(state, args.heads, args.reach, args.image_size)
-            stage = stage_of(module, rows)
-        elif "patch_embed.proj.weight" in state:
-            (module, rows), stage = from_beit(state, args.heads, args.image_size), "image"
+            released = read_vlmo(state, args.heads, REACH if args.reach is None else args.reach)
+        elif any(key.startswith("blocks.") for key in state):
+            released = read_beit(state, args.heads)
         else:
             raise runtime.UserError("it holds neither VLMo's weights nor BEiT's")
+        released = resized(released, args.image_size)
     except runtime.UserError as error:
         raise runtime.UserError(f"{args.file}: {error}") from None
-    model, head = (module, {}) if isinstance(module, VLMo) else (module.model, module.head.state_dict())
-    config, name = model.config, NAMES.get(model.config.dim, "base")
-    tokenizer, choices = read_vocabulary(args, stage, config), read_choices(args, module)
-    model.requires_grad_(False)  # to keep what the file has, and no more
+    config, stage = released.config, stage_of(released)
+    if args.reach is not None and (stage == "image" or config.position == "absolute"):
+        raise runtime.UserError(f"--reach is of VLMo's relative positions, and {args.file} has none")
+    tokenizer, choices = read_vocabulary(args, stage, config), read_choices(args, stage, released)
     content = {
-        "stage": stage, "step": 0, "args": {"config": name}, "config": dataclasses.asdict(config), "head": head,
-        "model": learned(model, [name for name, (how, _) in rows.items() if how in ("taken", "resampled")]),
-        "tokenizer": tokenizer and tokenizer.to_str(), "choices": choices,
+        "stage": stage, "step": 0, "args": {"config": NAMES.get(config.dim, "base")}, "choices": choices,
+        "config": dataclasses.asdict(config), "model": released.tensors, "head": released.head,
+        "tokenizer": tokenizer and tokenizer.to_str(),
     }  # fmt: skip
     runtime.save(args.out, content)
     print(
         f"{args.file} → {args.out}: stage {stage}, {config.layers} layers of {config.dim}, {config.heads} heads, "
         f"{config.vl_layers} vision-language layers, {config.image_size} pixels, {config.position} positions"
     )
-    print(report(rows))
+    print(report(rows_of(released)))
     if not tokenizer and stage != "image":
         print("  without --vocab here, train.py, finetune.py and evaluate.py need it")
     if stage == "vqa" and not choices:
         print("  without --answers, the names of the answers are not known, and evaluate.py needs them")
 
 
-def stage_of(module, rows):
+def stage_of(released):
     """Which stage or task of this project leaves such weights."""
-    if not isinstance(module, VLMo):
-        return "vqa" if isinstance(module, VQA) else "nlvr2"
-    if rows["blocks.*.experts.vl"][0] != "taken":
+    has = set(groups(released.tensors))
+    if released.task:
+        return released.task.removesuffix("_classifier")
+    if "words" not in has:
+        return "image"
+    if "blocks.*.experts.vl" not in has:
         return "text"
-    return "vl" if rows["mlm_head"][0] == "taken" else "retrieval"
+    return "vl" if "mlm_head" in has else "retrieval"
 
 
 def read_vocabulary(args, stage, config):
@@ -546,17 +624,19 @@ def read_vocabulary(args, stage, config):
     return tokenizer
 
 
-def read_choices(args, module):
+def read_choices(args, stage, released):
     """What the outputs of a classifier mean, as far as it is known."""
-    if isinstance(module, NLVR2):
+    if args.answers and stage != "vqa":
+        raise runtime.UserError(f"--answers is of VQA, and {args.file} has no vqa_classifier")
+    if stage == "nlvr2":
         return ["False", "True"]
     if not args.answers:
         return None
-    if not isinstance(module, VQA):
-        raise runtime.UserError(f"--answers is of VQA, and {args.file} has no vqa_classifier")
-    answers, outputs = data.released_answers(args.answers), module.head[-1].out_features
-    if len(answers) != outputs:
-        raise runtime.UserError(f"--answers {args.answers} has {len(answers)} answers, and {args.file} {outputs}")
+    answers = data.released_answers(args.answers)
+    if len(answers) != outputs(released):
+        raise runtime.UserError(
+            f"--answers {args.answers} has {len(answers)} answers, and {args.file} {outputs(released)}"
+        )
     return answers
 
 

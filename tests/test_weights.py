@@ -292,7 +292,8 @@ CONTAINERS = {
 def test_a_file_becomes_a_checkpoint_that_computes_the_same_to_the_bit(name, container, tmp_path, monkeypatch, capsys):
     case, file, out = CASES[name], tmp_path / "released.pt", tmp_path / "out.pt"
     torch.save(CONTAINERS[container](released(name)), file, _use_new_zipfile_serialization=container != "old")
-    flags = [] if "beit" in name else ["--heads", 4, "--reach", 20, "--vocab", vocabulary(tmp_path)]
+    flags = [] if "beit" in name else ["--heads", 4, "--vocab", vocabulary(tmp_path)]
+    flags += ["--reach", 20] if "relative" in name else []
     flags += ["--answers", answers(tmp_path)] if "vqa" in name else []
     call(monkeypatch, weights, file, "-o", out, *flags)
     table = capsys.readouterr().out
@@ -312,6 +313,22 @@ def test_a_file_becomes_a_checkpoint_that_computes_the_same_to_the_bit(name, con
         assert torch.equal(before[key], after[key]), key
 
 
+@torch.no_grad()
+def predicted(task, tokenizer):
+    """What the authors' weights say of split test of the built-in world, sample by sample."""
+    model, _ = weights.from_vlmo(released(f"{task}-relative"), 4, 20, image_size=48)
+    source, words, lines = data.read_task(task, ["shapes"], "test", 48), data.Words(tokenizer, 12), []
+    for i in range(len(source)):
+        text, mask = words.encode(source[i].text)
+        image = data.to_tensor(source.image(i), lambda image: data.resize(image, 48))
+        choice = model.eval()({"image": image[None], "text": text[None], "mask": mask[None]}).argmax().item()
+        if task == "vqa":
+            lines.append({"question_id": source[i].id, "answer": f"answer {choice}"})
+        else:
+            lines.append(f"{source[i].id},{bool(choice)}\n")
+    return json.dumps(lines) if task == "vqa" else "".join(lines)
+
+
 @pytest.mark.parametrize("task", ["vqa", "nlvr2"])
 def test_imported_tasks_answer_through_evaluate_and_are_fine_tuned(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "SPLITS", {"train": 100_000, "val": 10, "test": 10})
@@ -324,9 +341,18 @@ def test_imported_tasks_answer_through_evaluate_and_are_fine_tuned(task, tmp_pat
     flags = ["--answers", answers(tmp_path)] if task == "vqa" else []
     call(monkeypatch, weights, file, "-o", out, "--reach", 20, "--image-size", 48, *flags)
     assert "resampled" in capsys.readouterr().out
-    call(monkeypatch, evaluate, "--task", task, "--checkpoint", out, "--vocab", vocab)
-    assert 0 <= json.loads(capsys.readouterr().out.splitlines()[-1])["accuracy"] <= 100
-    if task == "nlvr2":  # the built-in world has other answers
+    with pytest.raises(runtime.UserError, match="has 99 entries, and .* embeds 100"):
+        wrong = vocabulary(tmp_path, 99)
+        call(monkeypatch, evaluate, "--task", task, "--checkpoint", out, "--vocab", wrong)
+    vocabulary(tmp_path)
+    predictions = tmp_path / "predictions"
+    call(monkeypatch, evaluate, "--task", task, "--checkpoint", out, "--vocab", vocab, "--predictions", predictions)
+    assert predictions.read_text() == predicted(task, data.load_tokenizer(vocab))
+    if task == "vqa":
+        call(monkeypatch, weights, file, "-o", out, "--reach", 20, "--vocab", vocab)
+        with pytest.raises(runtime.UserError, match="without its answers"):
+            call(monkeypatch, finetune, "--task", task, "--init", out, "--image-size", 32, "--out", tmp_path / "run")
+    else:  # the built-in world has other answers
         run = ["--task", task, "--init", out, "--image-size", 16, "--batch-size", 2, "--epochs", 1e-5]
         with pytest.raises(runtime.UserError, match="without its vocabulary"):
             call(monkeypatch, finetune, *run, "--out", tmp_path / "run")
@@ -339,20 +365,9 @@ def test_stages_text_and_vl_run_from_beit(name, tmp_path, monkeypatch, capsys):
     torch.save({"model": released(name)}, tmp_path / "beit.pth")
     call(monkeypatch, weights, tmp_path / "beit.pth", "-o", tmp_path / "beit.pt")
     small = ["--init", tmp_path / "beit.pt", "--batch-size", 4, "--steps", 2, "--warmup", 1, "--vocab-size", 300]
-    call(
-        monkeypatch,
-        train,
-        "--stage",
-        "text",
-        *small,
-        "--max-text-len",
-        24,
-        "--out",
-        tmp_path / "text",
-        "--eval-every",
-        0,
-    )
-    call(monkeypatch, train, "--stage", "vl", *small, "--max-text-len", 24, "--out", tmp_path / "vl", "--eval-every", 0)
+    small += ["--max-text-len", 24, "--eval-every", 0]
+    call(monkeypatch, train, "--stage", "text", *small, "--out", tmp_path / "text")
+    call(monkeypatch, train, "--stage", "vl", *small, "--out", tmp_path / "vl")
     assert "copied" in capsys.readouterr().out
     saved = runtime.load(tmp_path / "text" / "last.pt")["model"]
     for key, tensor in imported(name)[0].state_dict().items():  # the vision part as it was, the language expert copied
@@ -377,7 +392,11 @@ def test_a_file_of_stage_text_has_no_vl_experts():
             del state[key]
     model, rows = weights.from_vlmo(state, reach=20)
     assert model.config.vl_layers == 1 and rows["blocks.*.experts.vl"][0] == "copied" and rows["itm_head"][0] == "fresh"
-    assert weights.stage_of(model, rows) == "text"
+    assert weights.stage_of(weights.read_vlmo(state, 4, 20)) == "text"
+
+
+def having(key, tensor):
+    return lambda state: state | {key: tensor}
 
 
 def without(*keys):
@@ -398,13 +417,23 @@ def without(*keys):
         (without("text_embeddings.word"), "it lacks text_embeddings.word_embeddings.weight"),
         (without("transformer.cls_token"), "it lacks transformer.cls_token"),
         (without("transformer."), "it holds neither VLMo's weights nor BEiT's"),
-        (lambda state: state | {"transformer.extra": torch.ones(3)}, "it has transformer.extra, which no released"),
-        (lambda state: state | {"vqa_classifier.3.weight": torch.ones(5, 96)}, "it lacks vqa_classifier.0.weight"),
-        (lambda state: state | {"pooler.dense.bias": torch.ones(47)}, "pooler.dense.bias has the shape (47,): (48,)"),
-        (lambda state: state | {"transformer.blocks.1.attn.qkv.weight": torch.ones(144, 40)}, "qkv.weight has the sha"),
-        (lambda state: state | {"transformer.cls_token": torch.ones(48)}, "transformer.cls_token has the shape (48,)"),
-        (lambda state: state | {"relative_position_bias_table": torch.ones(96, 16)}, "no resolution has as many rows"),
-        (lambda state: state | {"epoch": 3}, "epoch is no tensor"),
+        (without("transformer.blocks.0.gamma_1"), "it lacks transformer.blocks.0.gamma_1"),
+        (without("transformer.blocks.3.mlp_vl.fc1.weight"), "it lacks transformer.blocks.3.mlp_vl.fc1.weight"),
+        (without("relative_position_bias_table"), "it lacks relative_position_bias_table, or transformer.pos_embed"),
+        (lambda state: {key.replace("transformer.", ""): t for key, t in state.items()}, "it lacks rel_pos_bias."),
+        (having("text_embeddings.position_embeddings.weight", torch.ones(512, 48)), "has 512 rows"),
+        (having("text_embeddings.position_embeddings.weight", torch.ones(12, 5)), "(…, 48) fits the rest"),
+        (having("text_embeddings.token_type_embeddings.weight", torch.ones(5, 48)), "(2, 48) fits the"),
+        (having("relative_position_index", torch.ones(26, 26)), "and its relative_position_index of 25"),
+        (having("pooler.dense.bias", torch.ones(48).long()), "pooler.dense.bias is torch.int64"),
+        (having("pooler.dense.weight", torch.eye(48).to_sparse()), "pooler.dense.weight is torch.float32"),
+        (having("transformer.extra", torch.ones(3)), "it has transformer.extra, which no released"),
+        (having("vqa_classifier.3.weight", torch.ones(5, 96)), "it lacks vqa_classifier.0.weight"),
+        (having("pooler.dense.bias", torch.ones(47)), "pooler.dense.bias has the shape (47,): (48,)"),
+        (having("transformer.blocks.1.attn.qkv.weight", torch.ones(144, 40)), "qkv.weight has the sha"),
+        (having("transformer.cls_token", torch.ones(48)), "transformer.cls_token has the shape (48,)"),
+        (having("relative_position_bias_table", torch.ones(96, 16)), "no resolution has as many rows"),
+        (having("epoch", 3), "epoch is no tensor"),
         (lambda state: {}, "holds no tensors by name"),
     ],
 )  # fmt: skip
@@ -414,6 +443,41 @@ def test_a_file_that_is_not_as_released_is_refused_by_name(damage, says, tmp_pat
     with pytest.raises(runtime.UserError) as error:
         call(monkeypatch, weights, file, "-o", out, "--reach", 20)
     assert says in str(error.value) and str(file) in str(error.value) and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (without("blocks.0.attn.relative_position_bias_table"), "it lacks blocks.0.attn.relative_position_bias_table"),
+        (without("blocks.2.attn.relative_position_bias_table"), "it lacks blocks.2.attn.relative_position_bias_table"),
+        (without("blocks.3.mlp.fc2.bias"), "it lacks blocks.3.mlp.fc2.bias"),
+        (without("patch_embed"), "it lacks patch_embed.proj.weight"),
+        (having("blocks.1.attn.relative_position_bias_table", torch.ones(52, 3)), "(52, 4) fits the rest"),
+        (having("text.weight", torch.ones(3)), "it has text.weight, which no released file has"),
+    ],
+)  # fmt: skip
+def test_beit_that_is_not_as_released_is_refused_by_name(damage, says):
+    with pytest.raises(runtime.UserError) as error:
+        weights.from_beit(damage(released("beit-per-block-tables")))
+    assert says in str(error.value)
+
+
+def test_tensors_of_any_precision_and_layout_are_taken(tmp_path):
+    """Halves, views of one storage, columns; and archives whose parts are compressed."""
+    state, file = released("retrieval-absolute"), tmp_path / "file.pt"
+    state["itc_text_proj.fc.weight"] = state["itc_image_proj.fc.weight"].T
+    state["pooler.dense.weight"] = state["pooler.dense.weight"].bfloat16()
+    torch.save(state, file)
+    with zipfile.ZipFile(file) as plain, zipfile.ZipFile(tmp_path / "small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    for path in (file, tmp_path / "small.pt"):
+        model, _ = weights.from_vlmo(weights.read_released(path), 4, 20)
+        assert torch.equal(model.itc_text.weight, state["itc_image_proj.fc.weight"].T)
+        assert torch.equal(model.pooler.weight, state["pooler.dense.weight"].float())
+        assert torch.equal(model.types[2], state["token_type_embeddings.weight"][1])
+        assert torch.equal(model.blocks[1].attention.key["shared"].weight,
+                           state["transformer.blocks.1.attn.qkv.weight"][48:96])  # fmt: skip
 
 
 class Runs:
@@ -433,15 +497,19 @@ def test_broken_files_and_wrong_flags_are_refused_in_one_line(tmp_path, monkeypa
     wrong("no such file")
     for content in (b"", whole.read_bytes()[:-100], whole.read_bytes()[:5000], b"no weights"):
         file.write_bytes(content)
-        wrong("is no file of torch.save, or is damaged")
+        wrong("cannot be read as a file of torch.save")
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("readme.txt", "something else")
-    wrong("is no file of torch.save, or is damaged")
+    wrong("cannot be read as a file of torch.save")
     for new in (True, False):
-        torch.save(
-            {"state_dict": released("vqa-relative"), "callbacks": Runs()}, file, _use_new_zipfile_serialization=new
-        )
-        wrong("could run any code: only tensors are read")
+        for protocol in (2, 4):
+            content = {"state_dict": released("vqa-relative"), "callbacks": Runs()}
+            torch.save(content, file, pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+            wrong("could run any code: only tensors are read")
+    torch.save(released("nlvr2-relative") | {"nlvr2_classifier.3.bias": torch.ones(5)}, file)
+    wrong("nlvr2_classifier.3.bias has the shape (5,): (2,) fits", "--reach", 20)
+    wrong("has 16 columns", "--reach", 20, "--heads", 0, path=whole)
+    wrong("must be at least 1", "--reach", 20, "--image-size", 0, path=whole)
     wrong("with 196 positions of text (--reach)", path=whole)
     wrong("16 columns, which does not fit 4 layers of 3 heads", "--reach", 20, "--heads", 3, path=whole)
     wrong("image_size one of patch_size", "--reach", 20, "--image-size", 50, path=whole)
@@ -450,6 +518,18 @@ def test_broken_files_and_wrong_flags_are_refused_in_one_line(tmp_path, monkeypa
     wrong("v2_OpenEnded_mscoco_val2014_questions.json", "--reach", 20, "--answers", tmp_path, path=whole)
     vqa(tmp_path, "val2014", ())
     wrong("has 1 answers, and", "--reach", 20, "--answers", tmp_path, path=whole)
+    torch.save(released("nlvr2-relative"), file)
+    wrong("--answers is of VQA", "--reach", 20, "--answers", tmp_path)
+    torch.save(released("pretrained-absolute"), file)
+    wrong("give --heads")
+    wrong("--reach is of VLMo's relative positions", "--heads", 4, "--reach", 20)
+    with pytest.raises(runtime.UserError, match="would replace the released file itself"):
+        call(monkeypatch, weights, whole, "-o", whole, "--reach", 20)
+    (tmp_path / "folder").mkdir()
+    for nowhere in (tmp_path / "no" / "out.pt", tmp_path / "folder"):
+        with pytest.raises(runtime.UserError, match="could not be written"):
+            call(monkeypatch, weights, whole, "-o", nowhere, "--reach", 20)
+    assert not list(tmp_path.glob("*.tmp"))
     call(monkeypatch, weights, whole, "-o", out, "--reach", 20)
     whole, out = out, tmp_path / "again.pt"
     wrong("is a checkpoint of this project already", path=whole)
@@ -487,15 +567,24 @@ def published(size, task, image_size, patch=16, V=30522):
     return shapes | linear("itm_score.fc", 2, D)
 
 
+def published_beit():
+    """Of base, fine-tuned on ImageNet-22k: the trunk and vision expert of VLMo's, and a table in each block."""
+    shapes = {"head.weight": (21841, 768), "head.bias": (21841,), "fc_norm.weight": (768,), "fc_norm.bias": (768,)}
+    for key, shape in published("base", "", 224).items():
+        if key.startswith("transformer.") and not re.search("_(text|vl)|transformer.norm", key):
+            shapes[key.removeprefix("transformer.").replace("_imag", "")] = shape
+    return shapes | {f"blocks.{i}.attn.relative_position_bias_table": (27 * 27 + 3, 12) for i in range(12)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "size, task, image_size", [("base", "", 224), ("base_plus", "", 224), ("large", "", 224), ("base", "vqa", 480)]
+    "size, task, image_size",
+    [("base", "", 224), ("base_plus", "", 224), ("large", "", 224), ("base", "vqa", 480), ("base", "beit", 224)],
 )
 def test_the_published_sizes_are_imported_in_little_memory(size, task, image_size, tmp_path):
     file, out = tmp_path / "released.pt", tmp_path / "out.pt"
-    torch.save(
-        {"state_dict": {key: filled(key, shape) for key, shape in published(size, task, image_size).items()}}, file
-    )
+    shapes = published_beit() if task == "beit" else published(size, task, image_size)
+    torch.save({"model": {key: filled(key, shape) for key, shape in shapes.items()}}, file)
     torch.load(file, weights_only=True)  # from now on, the file is in the page cache: the time is the program's
     began, most = time.perf_counter(), 0
     run = subprocess.Popen([sys.executable, ROOT / "weights.py", file, "-o", out], stdout=subprocess.PIPE, text=True)
@@ -511,5 +600,5 @@ def test_the_published_sizes_are_imported_in_little_memory(size, task, image_siz
     assert replace(config, max_text_len=40) == replace(
         CONFIGS[size], image_size=image_size, text_reach=196, position=config.position, layer_scale=config.layer_scale
     )
-    first = filled("transformer.blocks.11.mlp_vl.fc1.weight", (4 * config.dim, config.dim)) if size == "base" else None
-    assert first is None or torch.equal(content["model"]["blocks.11.experts.vl.fc1.weight"], first)
+    key = "blocks.11.mlp.fc1.weight" if task == "beit" else "transformer.blocks.11.mlp_imag.fc1.weight"
+    assert torch.equal(content["model"]["blocks.11.experts.vision.fc1.weight"], filled(key, shapes[key]))
