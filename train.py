@@ -11,6 +11,7 @@ Shape letters: b local batch, W processes, B = W·b, T text tokens, N patches, D
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -367,7 +369,15 @@ def small_dvae(args, here, config):
     here.print(f"no --dvae: one is trained first, in {folder}")
     defaults = {name: value for name, value in recipe("dvae", args.config).items() if name != "save_every"}
     batch = -(-defaults["batch_size"] // here.world) * here.world
-    own = {"stage": "dvae", "out": folder, "init": None, "eval_every": 0, "accumulate": 1, "compile": False}
+    own = {
+        "stage": "dvae",
+        "out": folder,
+        "init": None,
+        "eval_every": 0,
+        "accumulate": 1,
+        "compile": False,
+        "recompute": False,
+    }
     own |= {"image_size": config.image_size, "patch_size": config.patch_size}
     own |= {flag: vars(args)[flag] for flag in ("codes", "kl_weight") if vars(args)[flag] is not None}
     return train(argparse.Namespace(**vars(args) | defaults | own | {"batch_size": batch}), here)
@@ -446,7 +456,7 @@ ONLY = {
     "vocab_size": TEXT,
     "max_text_len": TEXT,
 }
-ONLY |= dict.fromkeys(("augment", "flip"), PICTURES) | dict.fromkeys(("init", "compile"), MODELS)
+ONLY |= dict.fromkeys(("augment", "flip"), PICTURES) | dict.fromkeys(("init", "compile", "recompute"), MODELS)
 ONLY |= dict.fromkeys(("itc_weight", "itm_weight", "mlm_weight", "negatives"), PAIRS)
 ONLY |= {
     field.name: MODELS for field in dataclasses.fields(Config) if field.name not in (*ONLY, "image_size", "patch_size")
@@ -481,6 +491,7 @@ def speed_flags(parser):
     group = parser.add_argument_group("speed")
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision [off]")
     group.add_argument("--compile", action="store_true", help="compile the blocks")
+    group.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
 
 
 def parse():
@@ -675,6 +686,24 @@ def train(args, here):
     return run(args, here, STAGES[args.stage](args, here, config, start), start)
 
 
+def recompute(model):
+    """Activation checkpointing: a block keeps its input alone, and computes the rest once more in the backward pass."""
+    for block in model.blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(model, here):
+    """Compiles the blocks, or says why not. They share their code: kinds of input × lower, last, fusing × training."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=here.device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        here.print(f"--compile: there is no compiler, the blocks run as they are ({runtime.first_line(error)})")
+        return
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.compile()
+
+
 def run(args, here, job, start):
     """The loop of every stage and task → the path of the last checkpoint."""
     out, last, best = Path(args.out), Path(args.out, "last.pt"), Path(args.out, "best.pt")
@@ -692,10 +721,10 @@ def run(args, here, job, start):
         record = runtime.load(best)["record"] if here.from_main(best.exists) else record
     if start:
         start.content.clear()  # a second copy of everything
-    if args.compile:  # blocks share their code: kinds of input × lower, last, fusing × training or not
-        torch._dynamo.config.recompile_limit = 64
-        for block in model.blocks:
-            block.compile()
+    if args.recompute:
+        recompute(model)
+    if args.compile:
+        compile_blocks(model, here)
     wrapped = here.wrap(stage)
     parameters = [p for p in stage.parameters() if p.requires_grad]
     taken = [group for group, how in job.taken.items() if how in ("taken", "resampled")]

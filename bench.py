@@ -1,0 +1,373 @@
+"""How fast a step of stage vl is, beside the same step as a textbook has it; what negatives cost between processes; how
+fast retrieval is. Ratios of two sides that alternate in one run on one machine.
+
+    python bench.py                                   # base, 224 pixels, on this machine's processor or GPU
+    python bench.py --config tiny --image-size 48     # seconds
+    python bench.py --config base large --amp bf16 --batch-size 128 --compile --out bench.json
+
+Shape letters as in losses.py.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import socket
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils import flop_counter
+
+import data
+import evaluate
+import losses
+import runtime
+import train
+from mome import CONFIGS, VLMo, unit
+
+ALL = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}
+
+# ---- The textbook's step ---------------------------------------------------------------------------------------------
+
+
+class Textbook(nn.Module):
+    """The VL step the obvious way: the same parameters and the same losses, but every pass on its own, its text padded
+    to full length, all rows through all of every layer, the vocabulary head on every token, attention written out, and
+    the images of all processes gathered. What train.VisionLanguageStage is measured against, and must equal."""
+
+    def __init__(self, model, losses_used, negatives="global"):
+        super().__init__()
+        self.model, self.weights, self.negatives = model, losses_used, negatives
+        for module in train.untrained(model, *losses_used):
+            module.requires_grad_(False)
+
+    def forward(self, batch):
+        image, text, mask = batch["image"], batch["text"], batch["mask"]
+        same, out = losses.same_pairs(batch["ids"]), {}  # (b, B)
+        i2t = t2i = torch.zeros(same.shape, device=same.device)
+        if "itc" in self.weights:
+            i2t, t2i = losses.similarities(*self.embed(batch), self.model.scale())
+            out["itc"] = losses.itc_loss(i2t, t2i, same)
+        if "mlm" in self.weights:
+            hidden = self.encode("pair", batch["masked"], mask, image)[:, : text.shape[1]]  # (b, T, D)
+            logits, labels = self.model.mlm_head(hidden), batch["labels"]  # (b, T, V), (b, T)
+            total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=data.IGNORE)
+            out["mlm"] = losses.global_mean(total, (labels != data.IGNORE).sum())
+        if "itm" in self.weights:
+            candidate = losses.candidates(same, self.negatives)
+            wrong_image, image_found = losses.draw_negatives(t2i, candidate)
+            wrong_text, text_found = losses.draw_negatives(i2t, candidate)
+            images, texts, masks = losses.gather(image), losses.gather(text), losses.gather(mask.long()).bool()
+            matched = self.itm_logits(text, mask, image)
+            with_image = self.itm_logits(text, mask, images[wrong_image])
+            with_text = self.itm_logits(texts[wrong_text], masks[wrong_text], image)
+            logits = torch.cat([matched, with_image, with_text])  # (3b, 2)
+            found = torch.cat([torch.ones_like(image_found), image_found, text_found])
+            out["itm"] = losses.itm_loss(logits, torch.arange(len(logits), device=same.device) < len(image), found)
+        return out | {"scale": self.model.scale().detach()}
+
+    def embed(self, batch):
+        """→ unit vectors of images and texts, (b, D) each."""
+        image_cls = self.encode("image", image=batch["image"])[:, 0]
+        text_cls = self.encode("text", batch["text"], batch["mask"])[:, 0]
+        return unit(self.model.itc_image(image_cls)), unit(self.model.itc_text(text_cls))
+
+    def itm_logits(self, text, mask, image):
+        return self.model.itm_head(self.model.pool(self.encode("pair", text, mask, image)))
+
+    def encode(self, kind, text=None, mask=None, image=None):
+        """Every row of an input through every layer → (b, S, D) after the final norm."""
+        model = self.model
+        parts = [] if text is None else [model.embed_words(text)]
+        parts += [] if image is None else [model.embed_patches(image, 1)]
+        x, T = torch.cat(parts, dim=1), 0 if text is None else text.shape[1]
+        keys = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (b, S)
+        keys[:, :T] = True if mask is None else mask
+        bias = [0.0] * len(model.blocks)
+        if model.config.position == "relative":
+            bias = list(model._relative_bias(kind, T, None))
+        for block, layer_bias in zip(model.blocks, bias):
+            x = x + block.attention_branch(attention(block.attention, block.norm(x), kind, T, keys, layer_bias))
+            x = x + block.expert_branch(block.experts(x, kind, T))
+        return model.norm(x)
+
+
+def attention(layer, x, kind, T, keys, bias):
+    """softmax(q·k/√(D/H) + bias)·v, as it is written. keys (b, S) bool, True = may be read."""
+    split = lambda y: y.unflatten(-1, (layer.heads, -1)).transpose(1, 2)  # (b, S, D) → (b, H, S, D/H)
+    q, k, v = split(layer.query(x, kind, T)), split(layer.key(x, kind, T)), split(layer.value(x, kind, T))
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (b, H, S, S)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias
+    scores = scores.masked_fill(~keys[:, None, None], -math.inf).softmax(-1).to(v.dtype)
+    return layer.out((scores @ v).transpose(1, 2).flatten(2), kind, T)
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def pairs(config, b, device):
+    """b pairs as the loaders give them, with captions of 6 to 40 tokens, 13 on average: quantiles, the same always."""
+    g = torch.Generator().manual_seed(0)
+    T, lengths = config.max_text_len, 6 - 7.2 * torch.log1p(-(torch.arange(b) + 0.5) / b)
+    lengths = lengths.round().long().clamp(max=T)  # (b,)
+    mask = torch.arange(T) < lengths[:, None]
+    text = torch.randint(5, config.vocab_size, (b, T), generator=g).masked_fill(~mask, 0)
+    hidden = mask & (torch.rand(b, T, generator=g) < 0.15)
+    hidden[:, 2] = True
+    ids = torch.stack([torch.arange(b), torch.arange(b) + b], dim=1)
+    image = torch.randint(0, 256, (b, 3, config.image_size, config.image_size), generator=g, dtype=torch.uint8)
+    batch = {"image": image, "text": text, "mask": mask, "masked": text.masked_fill(hidden, 4), "ids": ids}
+    batch["labels"] = text.masked_fill(~hidden, data.IGNORE)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+class Side:
+    """One way to compute the step: a model, its optimizer, and step()."""
+
+    def __init__(self, name, config, here):
+        torch.manual_seed(0)
+        model = VLMo(config).to(here.device)
+        self.here, self.stage = here, (Textbook if name == "textbook" else train.VisionLanguageStage)(model, ALL)
+        if "checkpointed" in name:
+            train.recompute(model)
+        if "compiled" in name:
+            train.compile_blocks(model, here)
+        self.optimizer = runtime.optimizer(model, 0.01, (0.9, 0.98))
+        self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.stage.train()
+
+    def step(self, batch):
+        with self.here.autocast():
+            values = self.stage(batch)
+        sum(weight * values[name] for name, weight in ALL.items()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def flops(self, batch):
+        """Of the matrix products of a step, those of attention included."""
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        more = {
+            attention: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
+            backward: lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad, q, k, v),
+        }
+        with flop_counter.FlopCounterMode(display=False, custom_mapping=more) as counter:
+            self.step(batch)
+        return counter.get_total_flops()
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def alternate(sides, repeats, device):
+    """{name: function} → {name: [seconds]}: each once to warm up, then in turns."""
+    for function in sides.values():
+        function()
+    seconds = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, function in sides.items():
+            synchronise(device)
+            began = time.perf_counter()
+            function()
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def matmul_peak(here):
+    """The best rate of square matrix products in this precision: FLOP a second."""
+    best, dtype = 0.0, here.dtype or torch.float32
+    for n in (1024, 2048, 4096) if here.device.type == "cpu" else (4096, 8192, 16384):
+        a, b = (torch.randn(n, n, device=here.device).to(dtype) for _ in range(2))
+        seconds = alternate({"": lambda: a @ b}, 5, here.device)[""]
+        best = max(best, 2 * n**3 / min(seconds))
+    return best
+
+
+def memory(name, config, b, amp, out):
+    """In a process of its own: bytes that a step needs at its peak above parameters and optimizer state."""
+    here = runtime.Runtime(amp)
+    before = resident("VmRSS")
+    side = Side(name, config, here)
+    batch = pairs(config, b, here.device)
+    side.step(batch)  # the optimizer's state is there from now on
+    held = 12 * side.parameters  # fp32: the parameters, and AdamW's two averages
+    if here.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    side.step(batch)
+    peak = torch.cuda.max_memory_allocated() if here.device.type == "cuda" else resident("VmHWM") - before
+    out.put(peak - held)
+
+
+def resident(name):
+    """Of /proc/self/status, in bytes."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return 1024 * int(line.split()[1])
+
+
+def measured_memory(*arguments):
+    spawned = torch.multiprocessing.get_context("spawn")
+    out = spawned.SimpleQueue()
+    child = spawned.Process(target=memory, args=(*arguments, out))
+    child.start()
+    child.join()
+    return out.get() if child.exitcode == 0 else None
+
+
+# ---- The tables ------------------------------------------------------------------------------------------------------
+
+
+def bench_step(args, name, amp, b):
+    """Rows of a step's numbers, one a side."""
+    here = runtime.Runtime(amp)
+    config = dataclasses.replace(CONFIGS[name], image_size=args.image_size or CONFIGS[name].image_size, drop_path=0.0)
+    kinds = ["textbook", "here", "here, checkpointed"] + (["here, compiled"] if args.compile else [])
+    sides, batch = {kind: Side(kind, config, here) for kind in kinds}, pairs(config, b, here.device)
+    flops = {kind: side.flops(batch) for kind, side in sides.items() if kind != "here, compiled"}
+    steps = {kind: lambda side=side: side.step(batch) for kind, side in sides.items()}
+    seconds, peak = alternate(steps, args.repeats, here.device), matmul_peak(here)
+    del sides, steps
+    rows = []
+    for kind in kinds:
+        median, work = statistics.median(seconds[kind]), flops.get(kind, flops["here"])
+        rows.append({
+            "config": name, "batch": b, "amp": amp, "side": kind,
+            "pairs/s": b / median,
+            "spread": (max(seconds[kind]) - min(seconds[kind])) / median,
+            "× textbook": statistics.median(a / b for a, b in zip(seconds["textbook"], seconds[kind])),
+            "TFLOP a step": work / 1e12,
+            "of peak": work / median / peak,
+            "memory, MB": measured_memory(kind, config, b, amp) / 1e6,
+        })  # fmt: skip
+    return rows
+
+
+def bench_exchange(world):
+    """What the negatives of a step cost a process, measured on gloo."""
+    spawned = torch.multiprocessing.get_context("spawn")
+    with socket.socket() as probe, spawned.Manager() as manager:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        sent = manager.list()
+        torch.multiprocessing.spawn(exchanged, args=(world, port, sent), nprocs=world)
+        return traffic(world, sum(sent) / world, max(sent))
+
+
+def exchanged(rank, world, port, sent):
+    """In a process of its own: appends the bytes that it sends to others in the exchanges of a step."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    real, own = dist.all_to_all_single, []
+
+    def counted(received, send, received_counts, send_counts):
+        own.append((sum(send_counts) - send_counts[rank]) * send[:1].numel() * send.element_size())
+        return real(received, send, received_counts, send_counts)
+
+    dist.all_to_all_single = counted
+    torch.manual_seed(rank)
+    scores = 10 * torch.rand(PAIRS, world * PAIRS)
+    candidate = losses.candidates(losses.same_pairs(torch.arange(PAIRS)[:, None] + rank * PAIRS), "global")
+    for x in (torch.zeros(PAIRS, *PIXELS, dtype=torch.uint8), torch.zeros(PAIRS, *TOKENS, dtype=torch.int64)):
+        losses.exchange(x, losses.draw_negatives(scores, candidate)[0])
+    sent.append(sum(own))
+    dist.destroy_process_group()
+
+
+PAIRS, PIXELS, TOKENS = 16, (3, 224, 224), (2, 40)  # of a process; an image as uint8; ids and mask of a text as int64
+
+
+def traffic(world, mean, most):
+    """A row of the table, in MB. The bound: 2 whole samples a pair, whatever W."""
+    image, text = math.prod(PIXELS) / 1e6, 8 * math.prod(TOKENS) / 1e6
+    row = {"W": world, "mean": mean and mean / 1e6, "most": most and most / 1e6, "bound": 2 * PAIRS * (image + text)}
+    return row | {"gathering all images": (world - 1) * PAIRS * image}
+
+
+def bench_retrieval(args, name, amp):
+    """Encoding, and ranking as many as COCO 5K has."""
+    here = runtime.Runtime(amp)
+    config = dataclasses.replace(CONFIGS[name], image_size=args.image_size or CONFIGS[name].image_size)
+    torch.manual_seed(0)
+    model = VLMo(config).to(here.device).eval()
+    plain, batch = Textbook(model, ALL), pairs(config, 16, here.device)
+    cut = data.cut(batch["mask"])
+
+    @torch.no_grad()
+    def textbook():
+        with here.autocast():
+            plain.embed(batch)
+
+    @torch.no_grad()
+    def fast():
+        with here.autocast():
+            model.embed_image(batch["image"])
+            model.embed_text(batch["text"][:, :cut], batch["mask"][:, :cut])
+
+    seconds = alternate({"textbook": textbook, "here": fast}, args.repeats, here.device)
+    image, text = torch.randn(5000, 768, device=here.device), torch.randn(25_010, 768, device=here.device)
+    relevant = torch.stack([torch.arange(25_010) % 5000, torch.arange(25_010)]).to(here.device)
+    rank = lambda: (evaluate.search(image, text, relevant), evaluate.search(text, image, relevant.flip(0)))
+    ranking = statistics.median(alternate({"": rank}, 3, here.device)[""])
+    return {
+        "config": name, "amp": amp, "pairs encoded/s": 16 / statistics.median(seconds["here"]),
+        "× textbook": statistics.median(a / b for a, b in zip(seconds["textbook"], seconds["here"])),
+        "5,000 × 25,010 ranked, s": ranking,
+    }  # fmt: skip
+
+
+def table(title, rows):
+    """Rows of one kind as text."""
+    show = lambda value: f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+    shown = [[show(value) for value in row.values()] for row in rows]
+    lines = [list(rows[0]), *shown]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(rows[0]))]
+    return (
+        "\n".join([title, *("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)])
+        + "\n"
+    )
+
+
+def main():
+    parser = runtime.Parser(__doc__)
+    parser.add_argument("--config", nargs="+", choices=list(CONFIGS), default=["base"])
+    parser.add_argument("--image-size", type=int, metavar="S", help="[the config's]")
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[4, 8], metavar="B", help="[4 8]")
+    parser.add_argument("--amp", nargs="+", choices=["off", "bf16", "fp16"], default=["off", "bf16"], help="[off bf16]")
+    parser.add_argument("--compile", action="store_true", help="a compiled side, too")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each side [3]")
+    parser.add_argument(
+        "--processes", nargs="*", type=int, default=[2, 4, 8], metavar="W", help="of the exchange [2 4 8]"
+    )
+    parser.add_argument("--out", metavar="FILE", help="the numbers as JSON")
+    args = parser.parse_args()
+    here = runtime.Runtime()
+    device = torch.cuda.get_device_name() if here.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{device}, torch {torch.__version__}, medians of {args.repeats}\n")
+    found = {"device": device, "torch": torch.__version__, "step": [], "retrieval": []}
+    for name in args.config:
+        for amp in args.amp:
+            for b in args.batch_size:
+                found["step"] += bench_step(args, name, amp, b)
+            found["retrieval"].append(bench_retrieval(args, name, amp))
+    found["exchange"] = [bench_exchange(world) for world in args.processes]
+    found["exchange"] += [traffic(world, None, None) for world in (64, 1024)]  # not measured: the bounds
+    print(table("a step of stage vl", found["step"]))
+    print(table("retrieval", found["retrieval"]))
+    print(table("sent by a process for the negatives of 16 pairs", found["exchange"]))
+    if args.out:
+        runtime.write(args.out, lambda file: file.write(json.dumps(found, indent=1).encode()))
+
+
+if __name__ == "__main__":
+    runtime.run(main)
