@@ -2,8 +2,7 @@
 fast retrieval is. Ratios of two sides that alternate in one run on one machine.
 
     python bench.py                                   # base, 224 pixels, on this machine's processor or GPU
-    python bench.py --config tiny --image-size 48     # seconds
-    python bench.py --config base large --amp bf16 --batch-size 128 --compile --out bench.json
+    python bench.py --config tiny --amp off           # a minute
 
 Shape letters as in losses.py.
 """
@@ -215,12 +214,13 @@ def resident(name):
 
 
 def measured_memory(*arguments):
+    """In MB, or None where the process failed."""
     spawned = torch.multiprocessing.get_context("spawn")
     out = spawned.SimpleQueue()
     child = spawned.Process(target=memory, args=(*arguments, out))
     child.start()
     child.join()
-    return out.get() if child.exitcode == 0 else None
+    return out.get() / 1e6 if child.exitcode == 0 else None
 
 
 # ---- The tables ------------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def bench_step(args, name, amp, b):
             "× textbook": statistics.median(a / b for a, b in zip(seconds["textbook"], seconds[kind])),
             "TFLOP a step": work / 1e12,
             "of peak": work / median / peak,
-            "memory, MB": measured_memory(kind, config, b, amp) / 1e6,
+            "memory, MB": measured_memory(kind, config, b, amp),
         })  # fmt: skip
     return rows
 
@@ -340,7 +340,7 @@ def table(title, rows):
 
 def main():
     parser = runtime.Parser(__doc__)
-    parser.add_argument("--config", nargs="+", choices=list(CONFIGS), default=["base"])
+    parser.add_argument("--config", nargs="+", choices=list(CONFIGS), default=["base"], help="[base]")
     parser.add_argument("--image-size", type=int, metavar="S", help="[the config's]")
     parser.add_argument("--batch-size", nargs="+", type=int, default=[4, 8], metavar="B", help="[4 8]")
     parser.add_argument("--amp", nargs="+", choices=["off", "bf16", "fp16"], default=["off", "bf16"], help="[off bf16]")

@@ -429,7 +429,7 @@ def load_task(task, path, vocab, device):
 
 def main():
     parser = runtime.Parser(__doc__)
-    parser.add_argument("--task", choices=["retrieval", *TASKS], default="retrieval")
+    parser.add_argument("--task", choices=["retrieval", *TASKS], default="retrieval", help="[retrieval]")
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="for retrieval any that has learned ITC")
     parser.add_argument("--data", nargs="+", default=["shapes"], metavar="DIR", help='folders, or "shapes" (default)')
     parser.add_argument("--split", default="test", help="train, val, test; of VQA 2.0 also test-dev, minival [test]")
@@ -438,8 +438,8 @@ def main():
     )
     parser.add_argument("--predictions", metavar="FILE", help="vqa: json for the server; nlvr2: csv for metrics.py")
     parser.add_argument("--vocab", metavar="FILE", help="where weights.py imported the checkpoint without one")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off")
+    parser.add_argument("--batch-size", type=int, default=64, help="[64]")
+    parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision [off]")
     args = parser.parse_args()
     if args.batch_size < 1 or args.rerank < 0:
         raise runtime.UserError("--batch-size must be at least 1, and --rerank not negative")

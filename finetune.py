@@ -222,12 +222,15 @@ def parse():
 
     group = parser.add_argument_group(
         "optimization",
-        "defaults follow --task and --config; in brackets the paper's for vqa · nlvr2 · COCO's retrieval",
+        "defaults follow --task and --config (finetune.py: PAPER, LARGE, TINY); in brackets the paper's for vqa · nlvr2 "
+        "· COCO's retrieval",
     )
     group.add_argument("--batch-size", type=int, metavar="B", help="of a step, over all processes [128 · 128 · 2048]")
     group.add_argument("--epochs", type=float, help="[10 · 10 · 20, large 10; Flickr30K 40]")
     group.add_argument(
-        "--lr", type=float, help="peak, after 10 %% of the steps [3e-5 · 5e-5 · 2e-5; large 1.5e-5 · 3e-5 · 1e-5]"
+        "--lr",
+        type=float,
+        help="peak, after 10 %% of the steps [3e-5 · 5e-5 · 2e-5; large 1.5e-5 · 3e-5 · 1e-5; Flickr30K 1e-5]",
     )
     group.add_argument("--head-factor", type=float, metavar="F", help="of the new head's learning rate [20 · 1 · –]")
     group.add_argument(
@@ -240,7 +243,9 @@ def parse():
     train.optimization_flags(group, "[off]")
     train.speed_flags(parser)
 
-    group = parser.add_argument_group("architecture", "that of --init, or of --config with random weights; and of it")
+    group = parser.add_argument_group(
+        "architecture", "that of --init; without it, that of --config, with random weights. Of either can be changed:"
+    )
     group.add_argument("--config", choices=list(CONFIGS), help="[tiny]")
     group.add_argument("--image-size", type=int, metavar="S", help="positions are resampled [480 · 384 · 384]")
     group.add_argument("--max-text-len", type=int, metavar="T", help="[that of --init, at most 40]")

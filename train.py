@@ -494,6 +494,9 @@ def speed_flags(parser):
     group.add_argument("--recompute", action="store_true", help="activation checkpointing: less memory, more time")
 
 
+CHOICES = {"position": "{absolute,relative}", "experts": "{mome,shared}", "attention": "{shared,separate}"}
+
+
 def parse():
     parser = runtime.Parser(__doc__)
     group = parser.add_argument_group("run")
@@ -513,7 +516,9 @@ def parse():
     data_flags(group, "[vl: randaugment, the paper's; dvae, image: crop; shapes: none]")
 
     group = parser.add_argument_group(
-        "optimization", "defaults follow --stage and --config; in brackets the paper's for stages image · text · vl"
+        "optimization",
+        "defaults follow --stage and --config (train.py: PAPER, TINY); in brackets those of base, the paper's, "
+        "for stages image · text · vl",
     )
     group.add_argument("--batch-size", type=int, metavar="B", help="of a step, over all processes [2048 · 1024 · 1024]")
     group.add_argument("--steps", type=int, help="[500000 · 500000, large 200000 · 200000]")
@@ -533,7 +538,7 @@ def parse():
     for field in dataclasses.fields(Config):
         values = ", ".join(f"{name} {vars(config)[field.name]}" for name, config in CONFIGS.items())
         flag, kind = "--" + field.name.replace("_", "-"), field.type
-        group.add_argument(flag, type=kind, metavar=kind.__name__.upper(), help=f"[{values}]")
+        group.add_argument(flag, type=kind, metavar=CHOICES.get(field.name, kind.__name__.upper()), help=f"[{values}]")
     args = parser.parse_args()
     for flag, stages in ONLY.items():
         if args.stage not in stages and vars(args)[flag] != parser.get_default(flag):
