@@ -222,8 +222,8 @@ def parse():
 
     group = parser.add_argument_group(
         "optimization",
-        "defaults follow --task and --config (finetune.py: PAPER, LARGE, TINY); in brackets the paper's for vqa · nlvr2 "
-        "· COCO's retrieval",
+        "defaults follow --task and --config (finetune.py: PAPER, LARGE, TINY); in brackets the paper's for vqa · "
+        "nlvr2 · COCO's retrieval",
     )
     group.add_argument("--batch-size", type=int, metavar="B", help="of a step, over all processes [128 · 128 · 2048]")
     group.add_argument("--epochs", type=float, help="[10 · 10 · 20, large 10; Flickr30K 40]")
