@@ -528,10 +528,10 @@ def read_released(path):
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_stored(path))
     except (*runtime.DAMAGED, zipfile.BadZipFile) as error:
-        reason = runtime.first_line(error) or "it is empty"
+        reason = f"it is damaged, empty or of another kind ({runtime.first_line(error)})"
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"it needs {code[1]}, and loading that could run any code: only tensors are read"
-        elif reason.startswith("Weights only load failed"):
+        elif "Weights only load failed" in reason:
             reason = "it is damaged, or more than tensors is in it, which could run any code: only tensors are read"
         raise runtime.UserError(f"{path} cannot be read as a file of torch.save: {reason}") from None
     for name in ("state_dict", "module", "model"):
