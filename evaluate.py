@@ -178,8 +178,8 @@ def retrieval(model, source, words, device, batch=64, rerank=0):
 def search(queries, gallery, relevant, second=None, block=2**24):
     """`ranks` of all queries (Q, D) in the gallery (G, D): (Q,). relevant (2, P): the pairs (query, column) that belong
     together. second(scores (q, G), first query) may reorder them. Never more than `block` scores, or a row of them, are
-    in memory; processes take turns at the blocks."""
-    block = max(1, block // len(gallery))
+    in memory; processes take turns at the blocks, of which each gets one at least."""
+    block = max(1, min(block // len(gallery), math.ceil(len(queries) / losses.world())))
     out = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for first in range(losses.rank() * block, len(queries), losses.world() * block):
         with torch.autocast(queries.device.type, enabled=False):  # rounded scores would tie
