@@ -387,21 +387,6 @@ def read_checkpoint(path, kind=Config):
     return content, config, text and data.tokenizer_from_json(text, path)
 
 
-def vocabulary(path, content, tokenizer, vocab):
-    """The tokenizer of a checkpoint, or that of the file `vocab`, which must be the same where there are both. None:
-    there is neither, and the checkpoint has learned no words."""
-    given = vocab and data.load_tokenizer(vocab)
-    if given and tokenizer and given.get_vocab() != tokenizer.get_vocab():
-        raise runtime.UserError(f"--vocab {vocab} is not the vocabulary that {path} was trained with")
-    words = content["model"].get("words.weight")
-    if words is not None and not given and not tokenizer:
-        raise runtime.UserError(f"{path} was imported without its vocabulary: give it with --vocab")
-    if words is not None and given and given.get_vocab_size() != len(words):
-        sizes = f"has {given.get_vocab_size()} entries, and {path} embeds {len(words)}"
-        raise runtime.UserError(f"--vocab {vocab} {sizes}: it is another vocabulary")
-    return tokenizer or given
-
-
 TASKS = {"vqa": (VQA, vqa), "nlvr2": (NLVR2, nlvr2), "classify": (Classifier, classify)}
 
 
@@ -423,7 +408,7 @@ def load_task(task, path, vocab, device):
     weights.load_exactly(module.head, content["head"], path)
     words = None
     if task != "classify":
-        words = data.Words(vocabulary(path, content, tokenizer, vocab), config.max_text_len)
+        words = data.Words(weights.vocabulary(path, content["model"], tokenizer, vocab), config.max_text_len)
     return module.to(device), words, choices
 
 
@@ -468,7 +453,8 @@ def evaluate_retrieval(args, here):
     source = data.read_sources(args.data, args.split, config.image_size)
     captions = sum(len(source[i].captions) for i in range(len(source)))
     here.print(f"{args.split}: {len(source)} images, {captions} captions")
-    words = data.Words(vocabulary(args.checkpoint, content, tokenizer, args.vocab), config.max_text_len)
+    tokenizer = weights.vocabulary(args.checkpoint, content["model"], tokenizer, args.vocab)
+    words = data.Words(tokenizer, config.max_text_len)
     return retrieval(model.to(here.device), source, words, here.device, args.batch_size, args.rerank)
 
 

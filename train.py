@@ -435,7 +435,7 @@ def make_tokenizer(args, here, start, corpus, size):
     if known and args.vocab_size not in (None, known.get_vocab_size()):
         raise runtime.UserError(f"--vocab-size: {start.path} has a vocabulary of {known.get_vocab_size()}, which stays")
     if start:
-        tokenizer = evaluate.vocabulary(start.path, start.content, known, args.vocab)
+        tokenizer = weights.vocabulary(start.path, start.content["model"], known, args.vocab)
     else:
         tokenizer = args.vocab and data.load_tokenizer(args.vocab)
     if tokenizer:

@@ -120,6 +120,20 @@ def load_exactly(module, tensors, path):
     module.load_state_dict(tensors)
 
 
+def vocabulary(path, tensors, tokenizer, vocab):
+    """The tokenizer of a checkpoint with these tensors, or that of the file `vocab`, which must be the same where there
+    are both, and as large as the word embeddings. None: there is neither, and no words have been learned."""
+    given, words = vocab and data.load_tokenizer(vocab), tensors.get("words.weight")
+    if given and tokenizer and given.get_vocab() != tokenizer.get_vocab():
+        raise runtime.UserError(f"--vocab {vocab} is not the vocabulary that {path} was trained with")
+    if words is not None and not given and not tokenizer:
+        raise runtime.UserError(f"{path} was imported without its vocabulary: give it with --vocab")
+    if words is not None and given and given.get_vocab_size() != len(words):
+        sizes = f"has {given.get_vocab_size()} entries, and {path} embeds {len(words)}"
+        raise runtime.UserError(f"--vocab {vocab} {sizes}: it is another vocabulary")
+    return tokenizer or given
+
+
 def vision_name(name):
     """The name of the vision expert's (or projection's) tensor that a language or vl one starts from."""
     parts = ["vision" if part in ("language", "vl") else part for part in name.split(".")]
@@ -128,10 +142,10 @@ def vision_name(name):
 
 def describe(how, model):
     """{group: how} → {group: (how, its parameters)}."""
-    count = collections.Counter()
+    parameters = collections.Counter()
     for name, tensor in model.state_dict().items():
-        count[group(name)] += tensor.numel()
-    return {name: (what, count[name]) for name, what in how.items()}
+        parameters[group(name)] += tensor.numel()
+    return {name: (what, parameters[name]) for name, what in how.items()}
 
 
 def report(rows):
@@ -582,7 +596,10 @@ def main():
     config, stage = released.config, stage_of(released)
     if args.reach is not None and (stage == "image" or config.position == "absolute"):
         raise runtime.UserError(f"--reach is of VLMo's relative positions, and {args.file} has none")
-    tokenizer, choices = read_vocabulary(args, stage, config), read_choices(args, stage, released)
+    if args.vocab and stage == "image":
+        raise runtime.UserError("--vocab is of VLMo's files: BEiT has no words")
+    tokenizer = args.vocab and vocabulary(args.file, released.tensors, None, args.vocab)
+    choices = read_choices(args, stage, released)
     content = {
         "stage": stage, "step": 0, "args": {"config": NAMES.get(config.dim, "base")}, "choices": choices,
         "config": dataclasses.asdict(config), "model": released.tensors, "head": released.head,
@@ -610,18 +627,6 @@ def stage_of(released):
     if "blocks.*.experts.vl" not in has:
         return "text"
     return "vl" if "mlm_head" in has else "retrieval"
-
-
-def read_vocabulary(args, stage, config):
-    if not args.vocab:
-        return None
-    if stage == "image":
-        raise runtime.UserError("--vocab is of VLMo's files: BEiT has no words")
-    tokenizer = data.load_tokenizer(args.vocab)
-    if tokenizer.get_vocab_size() != config.vocab_size:
-        sizes = f"has {tokenizer.get_vocab_size()} entries, and {args.file} embeds {config.vocab_size}"
-        raise runtime.UserError(f"--vocab {args.vocab} {sizes}: it is another vocabulary")
-    return tokenizer
 
 
 def read_choices(args, stage, released):
