@@ -149,10 +149,10 @@ class Side:
 
     def flops(self, batch):
         """Of the matrix products of a step, those of attention included."""
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         more = {
-            attention: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
+            forward: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
             backward: lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad, q, k, v),
         }
         with flop_counter.FlopCounterMode(display=False, custom_mapping=more) as counter:

@@ -8,6 +8,7 @@ import torch
 from test_train import call
 
 import bench
+import runtime
 import train
 from mome import Config, VLMo
 
@@ -75,10 +76,19 @@ def test_recomputed_activations_change_nothing():
     assert all(torch.equal(grads[name], once_more[name]) for name in grads)
 
 
-def test_the_exchange_sends_less_than_its_bound_and_an_eighth_of_gathering_all_images():
+def test_the_exchange_sends_less_than_its_bound_and_than_gathering_all_images():
     row = bench.bench_exchange(2)
-    assert 0 < row["mean"] <= row["most"] < row["bound"]
-    assert row["gathering all images"] == 16 * 3 * 224 * 224 / 1e6
+    assert 0 < row["mean"] <= row["most"] < row["bound"] and row["mean"] < row["gathering all images"]
+
+
+def test_without_a_compiler_the_blocks_run_as_they_are(monkeypatch, capsys):
+    def absent(function):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler\nand where it was looked for")
+
+    monkeypatch.setattr(torch, "compile", absent)
+    train.compile_blocks(VLMo(SMALL), runtime.Runtime())
+    [line] = capsys.readouterr().out.splitlines()
+    assert "there is no compiler, the blocks run as they are (no compiler)" in line
 
 
 @pytest.mark.slow

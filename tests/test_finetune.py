@@ -180,6 +180,16 @@ def test_random_weights_can_be_fine_tuned(small_world, tmp_path, monkeypatch):
     assert content["config"]["dim"] == 128 and len(content["choices"]) == 22 and content["tokenizer"]
 
 
+def test_the_answers_of_a_head_keep_their_order(small_world, tmp_path, monkeypatch):
+    run = ["--task", "vqa", *BRIEF, *epochs("vqa", 1)]
+    call(monkeypatch, finetune, *run, "--out", tmp_path / "first")
+    content = runtime.load(tmp_path / "first" / "last.pt")
+    content["choices"] = content["choices"][::-1]
+    runtime.save(tmp_path / "other.pt", content)
+    call(monkeypatch, finetune, *run, "--init", tmp_path / "other.pt", "--out", tmp_path / "second")
+    assert runtime.load(tmp_path / "second" / "last.pt")["choices"] == content["choices"]
+
+
 # ---- Official formats ------------------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,7 @@ def test_accumulated_passes_give_the_mean_of_their_gradients(tmp_path, monkeypat
         "--negatives local --experts shared --vl-layers 0",
         "--position relative --layer-scale 0.1 --attention separate --drop-path 0.2",
         "--batch-size 1 --amp bf16 --workers 1",
+        "--recompute --drop-path 0.2",
     ],
 )
 def test_every_variant_trains(flags, tmp_path, monkeypatch):
