@@ -29,6 +29,7 @@ class Config:
     text_reach: int = 196  # relative only: how many text positions the table tells apart
     layer_scale: float = 0.0  # initial LayerScale; 0 = none (released relative models: 0.1)
     drop_path: float = 0.0  # stochastic depth of the last layer, growing linearly from 0
+    init_std: float = 0.02  # of the truncated normal that matrices and embeddings start from (BERT, BEiT)
     experts: str = "mome"  # "mome", or "shared": the standard Transformer of Table 5, row 4
     attention: str = "shared"  # "shared", or "separate" below the vision-language layers (Table 7)
 
@@ -44,6 +45,7 @@ class Config:
             "max_text_len must hold at least [T_CLS] and [T_SEP]": self.max_text_len >= 2,
             "max_text_len must not exceed text_reach": fits,
             "layer_scale must not be negative": self.layer_scale >= 0,
+            "init_std must be positive": self.init_std > 0,
             "drop_path must be in 0 … 1, without 1": 0 <= self.drop_path < 1,
         }
         for rule, holds in rules.items():
@@ -54,13 +56,14 @@ class Config:
 
 
 CONFIGS = {
-    "tiny": Config(
-        dim=128, layers=3, heads=2, vl_layers=1, image_size=48, patch_size=8, vocab_size=512, max_text_len=24
+    "tiny": Config(  # narrow layers start with the gain of wide ones: 0.05 ≈ 0.02·√(768/128)
+        dim=128, layers=3, heads=2, vl_layers=1, image_size=48, patch_size=8, vocab_size=512, max_text_len=24,
+        init_std=0.05,
     ),
     "base": Config(drop_path=0.1),
     "base_plus": Config(dim=544, layers=24, heads=16, vl_layers=3, drop_path=0.1),
     "large": Config(dim=1024, layers=24, heads=16, vl_layers=3, drop_path=0.1),
-}
+}  # fmt: skip
 
 
 class Router(nn.ModuleDict):
@@ -170,11 +173,11 @@ class MoME(nn.Module):
         self.words = nn.Embedding(config.vocab_size, D)
         self.text_norm = nn.LayerNorm(D, eps=1e-12)  # BERT's
         self.patches = nn.Conv2d(3, D, config.patch_size, stride=config.patch_size)
-        self.image_cls = embedding(D)
-        self.types = embedding(3, D)  # text, image, the second image of NLVR2
+        self.image_cls = embedding(config, D)
+        self.types = embedding(config, 3, D)  # text, image, the second image of NLVR2
         if config.position == "absolute":
-            self.text_position = embedding(config.max_text_len, D)
-            self.image_position = embedding(1 + side * side, D)
+            self.text_position = embedding(config, config.max_text_len, D)
+            self.image_position = embedding(config, 1 + side * side, D)
         else:
             with torch.device("cpu"):  # real where the rest is built on device "meta"
                 text, image, size = relative_index(config.max_text_len, side, config.text_reach)
@@ -183,7 +186,7 @@ class MoME(nn.Module):
             self.relative_table = nn.Parameter(torch.zeros(size, config.heads * config.layers))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.LayerNorm(D, eps=1e-6)
-        self.apply(initialise)
+        initialise(self, config)
 
     def embed_words(self, text):
         """Text input representations of Section 3.1. text (B, T) int64 → (B, T, D)."""
@@ -262,17 +265,19 @@ def relative_index(text_len, side, reach):
     return text, image, size
 
 
-def embedding(*shape):
+def embedding(config, *shape):
     """A learned embedding of type, position or [CLS]."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=config.init_std))
 
 
-def initialise(module):
-    """Truncated normal 0.02 for matrices, zero for biases; norms keep their ones and zeros."""
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def initialise(root, config):
+    """Truncated normal for matrices, zero for biases; norms keep their ones and zeros."""
+    for module in root.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+            nn.init.trunc_normal_(module.weight, std=config.init_std)
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    return root
 
 
 class VLMo(MoME):
@@ -290,7 +295,7 @@ class VLMo(MoME):
             nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D, eps=1e-12), nn.Linear(D, config.vocab_size)
         )
         for head in (self.itc_image, self.itc_text, self.pooler, self.itm_head, self.mlm_head):
-            head.apply(initialise)
+            initialise(head, config)
 
     def embed_image(self, image):
         """image (B, 3, S, S) → unit vectors ĥᵛ (B, D), at least float32: Eq. (3)."""
@@ -317,19 +322,20 @@ class MIMHead(nn.Module):
 
     def __init__(self, config, codes):
         super().__init__()
-        self.mask_embedding = embedding(config.dim)
+        self.mask_embedding = embedding(config, config.dim)
         self.classifier = nn.Linear(config.dim, codes)
-        self.apply(initialise)
+        initialise(self, config)
 
     def forward(self, hidden):
         """hidden (M, D) of masked patches → logits (M, K)."""
         return self.classifier(hidden)
 
 
-def classifier(inputs, hidden, classes):
+def classifier(config, inputs, classes):
     """The head of VQA and NLVR2, as released: (n, inputs) → logits (n, classes)."""
+    hidden = 2 * config.dim
     head = nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))
-    return head.apply(initialise)
+    return initialise(head, config)
 
 
 class VQA(nn.Module):
@@ -337,8 +343,7 @@ class VQA(nn.Module):
 
     def __init__(self, model, answers):
         super().__init__()
-        D = model.config.dim
-        self.model, self.head = model, classifier(D, 2 * D, answers)
+        self.model, self.head = model, classifier(model.config, model.config.dim, answers)
 
     def forward(self, batch):
         """batch: image (B, 3, S, S), text, mask (B, T) → logits (B, A)."""
@@ -351,8 +356,7 @@ class NLVR2(nn.Module):
 
     def __init__(self, model, classes=2):
         super().__init__()
-        D = model.config.dim
-        self.model, self.head = model, classifier(2 * D, 2 * D, classes)
+        self.model, self.head = model, classifier(model.config, 2 * model.config.dim, classes)
 
     def forward(self, batch):
         """batch: image (B, 2, 3, S, S), left and right; text, mask (B, T) → logits (B, 2), class 1 = true."""
@@ -368,7 +372,7 @@ class Classifier(nn.Module):
 
     def __init__(self, model, classes):
         super().__init__()
-        self.model, self.head = model, nn.Linear(model.config.dim, classes).apply(initialise)
+        self.model, self.head = model, initialise(nn.Linear(model.config.dim, classes), model.config)
 
     def forward(self, batch):
         """batch: image (B, 3, S, S) → logits (B, C)."""
