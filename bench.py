@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import nn, profiler
 from torch.utils import flop_counter
 
 import data
@@ -50,7 +50,8 @@ class Textbook(nn.Module):
         same, out = losses.same_pairs(batch["ids"]), {}  # (b, B)
         i2t = t2i = torch.zeros(same.shape, device=same.device)
         if "itc" in self.weights:
-            i2t, t2i = losses.similarities(*self.embed(batch), self.model.scale())
+            vectors = self.embed_image(image), self.embed_text(text, mask)
+            i2t, t2i = losses.similarities(*vectors, self.model.scale())
             out["itc"] = losses.itc_loss(i2t, t2i, same)
         if "mlm" in self.weights:
             hidden = self.encode("pair", batch["masked"], mask, image)[:, : text.shape[1]]  # (b, T, D)
@@ -70,11 +71,11 @@ class Textbook(nn.Module):
             out["itm"] = losses.itm_loss(logits, torch.arange(len(logits), device=same.device) < len(image), found)
         return out | {"scale": self.model.scale().detach()}
 
-    def embed(self, batch):
-        """→ unit vectors of images and texts, (b, D) each."""
-        image_cls = self.encode("image", image=batch["image"])[:, 0]
-        text_cls = self.encode("text", batch["text"], batch["mask"])[:, 0]
-        return unit(self.model.itc_image(image_cls)), unit(self.model.itc_text(text_cls))
+    def embed_image(self, image):
+        return unit(self.model.itc_image(self.encode("image", image=image)[:, 0]))
+
+    def embed_text(self, text, mask):
+        return unit(self.model.itc_text(self.encode("text", text, mask)[:, 0]))
 
     def itm_logits(self, text, mask, image):
         return self.model.itm_head(self.model.pool(self.encode("pair", text, mask, image)))
@@ -132,7 +133,7 @@ class Side:
         torch.manual_seed(0)
         model = VLMo(config).to(here.device)
         self.here, self.stage = here, (Textbook if name == "textbook" else train.VisionLanguageStage)(model, ALL)
-        if "checkpointed" in name:
+        if "recomputed" in name:
             train.recompute(model)
         if "compiled" in name:
             train.compile_blocks(model, here)
@@ -158,6 +159,14 @@ class Side:
         with flop_counter.FlopCounterMode(display=False, custom_mapping=more) as counter:
             self.step(batch)
         return counter.get_total_flops()
+
+    def kernels(self, batch):
+        """Which of scaled_dot_product_attention's kernels run in a step."""
+        with profiler.profile() as profile:
+            self.step(batch)
+        prefix = "aten::_scaled_dot_product_"
+        ran = {event.key.removeprefix(prefix) for event in profile.key_averages() if event.key.startswith(prefix)}
+        return " ".join(sorted(name.removesuffix("_for_cpu") for name in ran if "backward" not in name)) or "none"
 
 
 def synchronise(device):
@@ -190,21 +199,39 @@ def matmul_peak(here):
     return best
 
 
-def memory(name, config, b, amp, out):
+def step_memory(out, name, config, b, amp):
     """In a process of its own: bytes that a step needs at its peak above parameters and optimizer state."""
     here = runtime.Runtime(amp)
-    before = resident("VmRSS")
+    before = in_use(here.device)
     side = Side(name, config, here)
     batch = pairs(config, b, here.device)
     side.step(batch)  # the optimizer's state is there from now on
     held = 12 * side.parameters  # fp32: the parameters, and AdamW's two averages
-    if here.device.type == "cuda":
+    out.put(peak(lambda: side.step(batch), here.device) - before - held)
+
+
+def ranking_memory(out, device):
+    """In a process of its own: bytes above the features that ranking a thousand images and a million texts needs."""
+    image, text = torch.randn(1000, 768, device=device), torch.randn(1_000_000, 768, device=device)
+    relevant = torch.stack([torch.arange(len(text)) % 1000, torch.arange(len(text))]).to(device)
+    before = in_use(device)
+    out.put(peak(lambda: rank(image, text, relevant), device) - before)
+
+
+def in_use(device):
+    """Bytes of this process on the device."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else resident("VmRSS")
+
+
+def peak(work, device):
+    """The most that is in use while it works."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    side.step(batch)
-    peak = torch.cuda.max_memory_allocated() if here.device.type == "cuda" else resident("VmHWM") - before
-    out.put(peak - held)
+        work()
+        return torch.cuda.max_memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    work()
+    return resident("VmHWM")
 
 
 def resident(name):
@@ -213,14 +240,14 @@ def resident(name):
     return 1024 * int(line.split()[1])
 
 
-def measured_memory(*arguments):
-    """In MB, or None where the process failed."""
+def in_a_process(measure, *arguments):
+    """What measure(out, *arguments) puts into out, or None where its process failed: out of memory, say."""
     spawned = torch.multiprocessing.get_context("spawn")
     out = spawned.SimpleQueue()
-    child = spawned.Process(target=memory, args=(*arguments, out))
+    child = spawned.Process(target=measure, args=(out, *arguments))
     child.start()
     child.join()
-    return out.get() / 1e6 if child.exitcode == 0 else None
+    return out.get() if child.exitcode == 0 else None
 
 
 # ---- The tables ------------------------------------------------------------------------------------------------------
@@ -228,27 +255,40 @@ def measured_memory(*arguments):
 
 def bench_step(args, name, amp, b):
     """Rows of a step's numbers, one a side."""
-    here = runtime.Runtime(amp)
     config = dataclasses.replace(CONFIGS[name], image_size=args.image_size or CONFIGS[name].image_size, drop_path=0.0)
-    kinds = ["textbook", "here", "here, checkpointed"] + (["here, compiled"] if args.compile else [])
-    sides, batch = {kind: Side(kind, config, here) for kind in kinds}, pairs(config, b, here.device)
-    flops = {kind: side.flops(batch) for kind, side in sides.items() if kind != "here, compiled"}
-    steps = {kind: lambda side=side: side.step(batch) for kind, side in sides.items()}
-    seconds, peak = alternate(steps, args.repeats, here.device), matmul_peak(here)
-    del sides, steps
-    rows = []
+    kinds = ["textbook", "here", "here, recomputed"] + ["here, compiled"] * args.compile
+    measured = in_a_process(step_times, kinds, config, b, amp, args.repeats)
+    if measured is None:
+        return [{"config": name, "batch": b, "amp": amp, "side": "did not fit into memory"}]
+    seconds, flops, best, kernels, rows = *measured, []
     for kind in kinds:
         median, work = statistics.median(seconds[kind]), flops.get(kind, flops["here"])
+        used = in_a_process(step_memory, kind, config, b, amp)
         rows.append({
             "config": name, "batch": b, "amp": amp, "side": kind,
             "pairs/s": b / median,
             "spread": (max(seconds[kind]) - min(seconds[kind])) / median,
             "× textbook": statistics.median(a / b for a, b in zip(seconds["textbook"], seconds[kind])),
             "TFLOP a step": work / 1e12,
-            "of peak": work / median / peak,
-            "memory, MB": measured_memory(kind, config, b, amp),
+            "of peak": work / median / best,
+            "memory, MB": used and used / 1e6,
+            "attention": "written out" if kind == "textbook" else kernels,
+            "days for 204.8 M pairs": PAPER_PAIRS * median / b / 86_400,
         })  # fmt: skip
     return rows
+
+
+def step_times(out, kinds, config, b, amp, repeats):
+    """In a process of its own: {side: [seconds a step]}, {side: FLOPs}, the best rate of matrix products, and the
+    kernels of attention."""
+    here = runtime.Runtime(amp)
+    sides, batch = {kind: Side(kind, config, here) for kind in kinds}, pairs(config, b, here.device)
+    flops = {kind: sides[kind].flops(batch) for kind in kinds[:3]}
+    seconds = alternate({k: lambda side=side: side.step(batch) for k, side in sides.items()}, repeats, here.device)
+    out.put((seconds, flops, matmul_peak(here), sides["here"].kernels(batch)))
+
+
+PAPER_PAIRS = 200_000 * 1024  # steps × batch of the paper's base model (Section 4.1)
 
 
 def bench_exchange(world):
@@ -295,55 +335,67 @@ def traffic(world, mean, most):
 
 
 def bench_retrieval(args, name, amp):
-    """Encoding, and ranking as many as COCO 5K has."""
+    """Encoding of pictures with five captions each, and ranking as many as COCO 5K has."""
     here = runtime.Runtime(amp)
     config = dataclasses.replace(CONFIGS[name], image_size=args.image_size or CONFIGS[name].image_size)
     torch.manual_seed(0)
     model = VLMo(config).to(here.device).eval()
-    plain, batch = Textbook(model, ALL), pairs(config, 16, here.device)
-    cut = data.cut(batch["mask"])
+    image, captions = pairs(config, 16, here.device)["image"], pairs(config, 80, "cpu")
+    mixed = torch.randperm(80)
+    text, mask, plain = captions["text"][mixed], captions["mask"][mixed], Textbook(model, ALL)
 
     @torch.no_grad()
     def textbook():
         with here.autocast():
-            plain.embed(batch)
+            plain.embed_image(image)
+            for part in torch.arange(80).split(16):
+                plain.embed_text(text[part].to(here.device), mask[part].to(here.device))
 
     @torch.no_grad()
     def fast():
         with here.autocast():
-            model.embed_image(batch["image"])
-            model.embed_text(batch["text"][:, :cut], batch["mask"][:, :cut])
+            model.embed_image(image)
+            evaluate.embed_texts(model, text, mask, here.device, batch=16)
 
     seconds = alternate({"textbook": textbook, "here": fast}, args.repeats, here.device)
     image, text = torch.randn(5000, 768, device=here.device), torch.randn(25_010, 768, device=here.device)
     relevant = torch.stack([torch.arange(25_010) % 5000, torch.arange(25_010)]).to(here.device)
-    rank = lambda: (evaluate.search(image, text, relevant), evaluate.search(text, image, relevant.flip(0)))
-    ranking = statistics.median(alternate({"": rank}, 3, here.device)[""])
+    ranking = statistics.median(alternate({"": lambda: rank(image, text, relevant)}, 3, here.device)[""])
+    beyond = in_a_process(ranking_memory, here.device)
     return {
-        "config": name, "amp": amp, "pairs encoded/s": 16 / statistics.median(seconds["here"]),
+        "config": name, "amp": amp, "pictures with 5 captions encoded/s": 16 / statistics.median(seconds["here"]),
         "× textbook": statistics.median(a / b for a, b in zip(seconds["textbook"], seconds["here"])),
         "5,000 × 25,010 ranked, s": ranking,
+        "1,000 × 1,000,000 above the features, MB": beyond and beyond / 1e6,
     }  # fmt: skip
+
+
+def rank(image, text, relevant):
+    """Both ways."""
+    return evaluate.search(image, text, relevant), evaluate.search(text, image, relevant.flip(0))
 
 
 def table(title, rows):
     """Rows of one kind as text."""
     show = lambda value: f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
-    shown = [[show(value) for value in row.values()] for row in rows]
-    lines = [list(rows[0]), *shown]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(rows[0]))]
-    return (
-        "\n".join([title, *("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines)])
-        + "\n"
-    )
+    lines = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join([title, *("  ".join(map(str.rjust, line, widths)) for line in lines)]) + "\n"
 
 
 def main():
+    here = runtime.Runtime()
+    gpu = here.device.type == "cuda"
     parser = runtime.Parser(__doc__)
     parser.add_argument("--config", nargs="+", choices=list(CONFIGS), default=["base"], help="[base]")
     parser.add_argument("--image-size", type=int, metavar="S", help="[the config's]")
-    parser.add_argument("--batch-size", nargs="+", type=int, default=[4, 8], metavar="B", help="[4 8]")
-    parser.add_argument("--amp", nargs="+", choices=["off", "bf16", "fp16"], default=["off", "bf16"], help="[off bf16]")
+    parser.add_argument(
+        "--batch-size", nargs="+", type=int, default=[128] if gpu else [4, 8], metavar="B", help="[4 8; a GPU's: 128]"
+    )
+    parser.add_argument(
+        "--amp", nargs="+", choices=["off", "bf16", "fp16"], default=["bf16"] if gpu else ["off", "bf16"],
+        help="[off bf16; a GPU's: bf16]",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="a compiled side, too")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each side [3]")
     parser.add_argument(
@@ -351,22 +403,26 @@ def main():
     )
     parser.add_argument("--out", metavar="FILE", help="the numbers as JSON")
     args = parser.parse_args()
-    here = runtime.Runtime()
-    device = torch.cuda.get_device_name() if here.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, medians of {args.repeats}\n")
-    found = {"device": device, "torch": torch.__version__, "step": [], "retrieval": []}
+    found = {"device": device, "torch": torch.__version__}
+
+    def show(title, rows):
+        """Prints a table as soon as it is measured, and keeps it."""
+        found[title] = found.get(title, []) + rows
+        print(table(title, rows), flush=True)
+        if args.out:
+            runtime.write(args.out, lambda file: file.write(json.dumps(found, indent=1).encode()))
+
+    show("sent by a process for the negatives of 16 pairs, MB", [
+        *(bench_exchange(world) for world in args.processes),
+        *(traffic(world, None, None) for world in (64, 1024)),  # not measured: the bounds
+    ])  # fmt: skip
     for name in args.config:
         for amp in args.amp:
+            show("retrieval", [bench_retrieval(args, name, amp)])
             for b in args.batch_size:
-                found["step"] += bench_step(args, name, amp, b)
-            found["retrieval"].append(bench_retrieval(args, name, amp))
-    found["exchange"] = [bench_exchange(world) for world in args.processes]
-    found["exchange"] += [traffic(world, None, None) for world in (64, 1024)]  # not measured: the bounds
-    print(table("a step of stage vl", found["step"]))
-    print(table("retrieval", found["retrieval"]))
-    print(table("sent by a process for the negatives of 16 pairs", found["exchange"]))
-    if args.out:
-        runtime.write(args.out, lambda file: file.write(json.dumps(found, indent=1).encode()))
+                show("a step of stage vl", bench_step(args, name, amp, b))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ class Router(nn.ModuleDict):
         if kind == "pair" and "vl" in self:
             return self["vl"](x)
         if kind == "pair" and x.shape[1] > T:
-            return torch.cat([self["language"](x[:, :T]), self["vision"](x[:, T:])], dim=1)
+            text, image = x.split([T, x.shape[1] - T], dim=1)
+            return torch.cat([self["language"](text), self["vision"](image)], dim=1)
         return self["vision" if kind == "image" else "language"](x)
 
 

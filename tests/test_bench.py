@@ -1,13 +1,17 @@
 """The step of train.py is the textbook's, computed faster."""
 
+import functools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_train import call
+from torch._dynamo.utils import counters
 
 import bench
+import losses
 import runtime
 import train
 from mome import Config, VLMo
@@ -91,12 +95,62 @@ def test_without_a_compiler_the_blocks_run_as_they_are(monkeypatch, capsys):
     assert "there is no compiler, the blocks run as they are (no compiler)" in line
 
 
+def test_nothing_is_compiled_anew_after_the_first_batches(monkeypatch):
+    """Whatever the captions' lengths; with drop-path, whose rate differs from block to block."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # graphs, without C++
+    torch.manual_seed(0)
+    plain = train.VisionLanguageStage(VLMo(replace(SMALL, drop_path=0.3)), ALL)
+    compiled = train.VisionLanguageStage(VLMo(replace(SMALL, drop_path=0.3)), ALL)
+    compiled.load_state_dict(plain.state_dict())
+    torch._dynamo.reset()
+    counters.clear()
+    train.compile_blocks(compiled.model, runtime.Runtime())
+    graphs = []
+    for longest in (7, 22, 12, 24, 16, 5, 19):
+        batch = batch_of(SMALL, [longest, 3, longest - 2, 5, 4], seed=longest)
+        values, expected = step(compiled, batch)[0], step(plain, batch)[0]
+        assert all(torch.allclose(values[name], expected[name]) for name in ALL)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 1 < graphs[0] < graphs[2] and len(set(graphs[2:])) == 1, graphs  # the first is the compiler's own test
+
+
+def compiled_and_not():
+    """In a process of its own: the losses and gradients of DDP, with and without compiled blocks, for three batches."""
+    torch._inductor.config.fallback_random = True  # the same dropped paths
+    found, here = [], SimpleNamespace(device=torch.device("cpu"), print=print)
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        stage = train.VisionLanguageStage(VLMo(replace(SMALL, layers=2, drop_path=0.3)), ALL)
+        if compiled:
+            train.compile_blocks(stage.model, here)
+        wrapped, rows = torch.nn.parallel.DistributedDataParallel(stage), []
+        for longest in (7, 22, 12):
+            torch.manual_seed(5 + losses.rank())
+            stage.zero_grad()
+            values = wrapped(batch_of(SMALL, [longest, 3, 5], seed=longest + losses.rank()))
+            sum(values[name] for name in ALL).backward()
+            rows.append(torch.cat([torch.stack([values[name].detach() for name in ALL]), *gradients(stage)]))
+        found.append(torch.stack(rows))
+    assert any(hasattr(block, "_compiled_call_impl") and block._compiled_call_impl for block in stage.model.blocks)
+    return torch.stack(found)
+
+
+def gradients(stage):
+    return [p.grad.flatten() for p in stage.parameters() if p.requires_grad]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_on_two_processes(processes):
+    for plain, compiled in processes(2, compiled_and_not):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_benchmark_prints_a_table_and_writes_its_numbers(tmp_path, monkeypatch, capsys):
     out = tmp_path / "bench.json"
     flags = ["--batch-size", 2, "--amp", "off", "--repeats", 1, "--processes", "--out", out]
     call(monkeypatch, bench, "--config", "tiny", *flags)
     found, text = json.loads(out.read_text()), capsys.readouterr().out
-    sides = {row["side"]: row for row in found["step"]}
+    sides = {row["side"]: row for row in found["a step of stage vl"]}
     assert sides["here"]["TFLOP a step"] < sides["textbook"]["TFLOP a step"] and "5,000 × 25,010 ranked, s" in text
     assert all(0 < row["of peak"] for row in sides.values())

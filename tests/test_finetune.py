@@ -138,7 +138,7 @@ def test_the_second_image_and_the_pooler_start_as_they_were_and_the_head_has_its
     content, before = runtime.load(tmp_path / "last.pt"), runtime.load(start)["model"]
     after = content["model"]
     for step in (after["types"][1:] - before["types"][1], after["pooler.weight"] - before["pooler.weight"]):
-        assert 0 < step.abs().max() <= 1.001e-3  # AdamW's first step is its learning rate, one way or the other
+        assert 0 < step.abs().max() <= 1.01e-3  # AdamW's first step: its learning rate, and a little decay
     assert [group["lr"] for group in content["optimizer"]["param_groups"]] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
 
 
