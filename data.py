@@ -979,9 +979,9 @@ class Images(Dataset):
     patch; unreadable, the files met on the way that could not be read: the next picture stands in. After 100 such
     files in a row a sample has nothing else."""
 
-    def __init__(self, source, image_size, seed, augmentation, flip, side):
-        """side: patches on a side of the image; None: `hidden` is not needed."""
-        self.source, self.image_size, self.seed, self.side = source, image_size, seed, side
+    def __init__(self, source, image_size, seed, augmentation, flip, hide=None):
+        """hide: rng → hidden; None: it is not needed."""
+        self.source, self.image_size, self.seed, self.hide = source, image_size, seed, hide
         self.augmentation, self.flip = augmentation, flip
 
     def __len__(self):
@@ -993,7 +993,7 @@ class Images(Dataset):
         if image is None:
             return {"unreadable": unreadable}
         sample = {"image": self.view(image, rng), "unreadable": unreadable}
-        return sample | {"hidden": mask_blocks(self.side, rng)} if self.side else sample
+        return sample | {"hidden": self.hide(rng)} if self.hide else sample
 
     def read(self, index):
         """→ number of the sample, its picture or None, unreadable files. Not an error: a loader worker's is a
@@ -1012,11 +1012,11 @@ class Images(Dataset):
 
 
 class Pairs(Images):
-    """Training samples (image, one of its captions): image and unreadable as above; text, masked, labels (T,) int64;
-    mask (T,) bool, True = real token; ids (2,) int64, hashes of item and caption."""
+    """Training samples (image, one of its captions): image, hidden and unreadable as above; text, masked, labels (T,)
+    int64; mask (T,) bool, True = real token; ids (2,) int64, hashes of item and caption."""
 
-    def __init__(self, source, words, image_size, seed, augmentation, flip):
-        super().__init__(source, image_size, seed, augmentation, flip, side=None)
+    def __init__(self, source, words, image_size, seed, augmentation, flip, hide=None):
+        super().__init__(source, image_size, seed, augmentation, flip, hide)
         self.words = words
 
     def __getitem__(self, key):
@@ -1029,8 +1029,9 @@ class Pairs(Images):
         text, mask = self.words.encode(caption)
         masked, labels = self.words.mask_words(text, rng)
         ids = torch.tensor([stable_hash(picture.item), stable_hash(caption)])
-        return {"image": self.view(image, rng), "text": text, "mask": mask, "masked": masked, "labels": labels,
-                "ids": ids, "unreadable": unreadable}  # fmt: skip
+        sample = {"image": self.view(image, rng), "text": text, "mask": mask, "masked": masked, "labels": labels,
+                  "ids": ids, "unreadable": unreadable}  # fmt: skip
+        return sample | {"hidden": self.hide(rng)} if self.hide else sample
 
 
 class Examples(Images):
@@ -1038,7 +1039,7 @@ class Examples(Images):
     mask where there is a text; target, what `target` makes of source[i]."""
 
     def __init__(self, source, words, target, image_size, seed, augmentation, flip):
-        super().__init__(source, image_size, seed, augmentation, flip, side=None)
+        super().__init__(source, image_size, seed, augmentation, flip)
         self.words, self.target = words, target
 
     def __getitem__(self, key):

@@ -326,21 +326,20 @@ def masked_patches(model, head, dvae, source, device):
 
 
 @torch.no_grad()
-def masked_words(model, texts, training, device):
-    """Stage text on data.Texts `texts` (10,000 at most): the share of masked tokens (in percent) that the model finds,
-    its perplexity, and those of the unigram distribution of the tokens of data.Texts `training` (of 10 M at most, one
-    added each). The same numbers for any number of processes."""
-    model.eval()
+def masked_words(stage, texts, training, device):
+    """A stage with logits(batch) on data.Texts `texts` (10,000 at most): the share of masked tokens (in percent) that
+    it finds, its perplexity, and those of the unigram distribution of the tokens of data.Texts `training` (of 10 M at
+    most, one added each). The same numbers for any number of processes."""
+    stage.eval()
     words = texts.words
     seen = torch.from_numpy(np.bincount(training.tokens[: 10**7], minlength=words.size)).double().to(device)
     seen[words.sep] = 0  # stands between documents
     unigram = ((seen + 1) / (seen + 1).sum()).log()
     count, hits, loss, top, plain = torch.zeros(5, dtype=torch.float64, device=device)
     for numbers in batches(min(len(texts), ENOUGH), 64):
-        masked, labels, mask = (torch.stack([texts[0, i][name] for i in numbers]).to(device)
-                                for name in ("masked", "labels", "mask"))  # fmt: skip
-        at = labels != data.IGNORE
-        logits, labels = model.mlm_head(model.encode_text(masked, mask)[at]).float(), labels[at]  # (M, V), (M,)
+        batch = data.collate([texts[0, i] for i in numbers])
+        batch = {name: batch[name].to(device) for name in ("masked", "labels", "mask")}
+        logits, labels = stage.logits(batch).float(), batch["labels"][batch["labels"] != data.IGNORE]  # (M, V), (M,)
         count, hits = count + len(labels), hits + (logits.argmax(1) == labels).sum()
         loss = loss + F.cross_entropy(logits, labels, reduction="sum")
         top, plain = top + (labels == seen.argmax()).sum(), plain - unigram[labels].sum()

@@ -213,19 +213,21 @@ class MoME(nn.Module):
 
         masked (B, N) bool, True = hidden: `mask_embedding` (D,) stands in for the patch (stage image).
         """
-        return self._encode(self.embed_patches(image, 1, masked, mask_embedding), "image", 0, None, rows)
+        return self.encode_rows(self.embed_patches(image, 1, masked, mask_embedding), "image", 0, None, rows)
 
     def encode_text(self, text, mask, rows=None):
         """text (B, T) int64, mask (B, T) bool, True = real token → (B, T, D) after the final norm."""
-        return self._encode(self.embed_words(text), "text", text.shape[1], mask, rows)
+        return self.encode_rows(self.embed_words(text), "text", text.shape[1], mask, rows)
 
     def encode_pair(self, text, mask, image, image_type=1, rows=None):
         """As above, together → (B, T+1+N, D) after the final norm. image_type 2 is NLVR2's second image."""
         text, image = self.embed_words(text), self.embed_patches(image, image_type)
         mask = F.pad(mask, (0, image.shape[1]), value=True)  # (B, T+1+N)
-        return self._encode(torch.cat([text, image], dim=1), "pair", text.shape[1], mask, rows)
+        return self.encode_rows(torch.cat([text, image], dim=1), "pair", text.shape[1], mask, rows)
 
-    def _encode(self, x, kind, T, mask, rows):
+    def encode_rows(self, x, kind, T, mask, rows=None):
+        """Embedded rows x (B, S, D) of an input of `kind`, whose first T are text, mask (B, S) bool or None → (B, S or
+        rows, D) after the final norm."""
         mask = mask if mask is None else mask[:, None, None]  # (B, 1, 1, S)
         biases = [mask] * len(self.blocks) if self.config.position == "absolute" else self._relative_bias(kind, T, mask)
         for block, bias in zip(self.blocks, biases):

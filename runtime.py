@@ -90,13 +90,13 @@ class Runtime:
         """Of one training run, for fp16; otherwise it does nothing."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
-    def wrap(self, stage):
-        """A stage for DDP, where there are other processes."""
+    def wrap(self, stage, parts=False):
+        """A stage for DDP, where there are other processes. parts: an update may train a part of it alone."""
         if self.world == 1:
             return stage
         ids = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
-            stage, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            stage, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=parts
         )
 
     def from_main(self, answer):

@@ -10,6 +10,7 @@ Shape letters: b local batch, W processes, B = W·b, T text tokens, N patches, D
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import itertools
@@ -32,6 +33,7 @@ import data
 import dvae
 import evaluate
 import losses
+import momo
 import runtime
 import weights
 from mome import CONFIGS, Config, MIMHead, VLMo
@@ -59,19 +61,32 @@ TINY = {
     "text": {"batch_size": 64, "steps": 1000, "warmup": 75, "lr": 1e-3, "max_text_len": 48},
     "vl": {"batch_size": 64, "steps": 750, "warmup": 75, "lr": 1e-3},
 }
+# MoMo (its Section 3.6): batches of 64 a device; 1600 epochs of ImageNet, then 100 of 6.6 M documents, at 64 devices;
+# in stage image MAE's base rate of 1.5e-4 for each 256 of the batch.
+MOMO = {
+    "image": {"steps": 500_000, "warmup": 12_500, "lr": 2.4e-3, "clip": 0.0},
+    "text": {"steps": 161_000, "warmup": 16_100, "lr": 5e-5, "clip": 0.0, "max_text_len": 196},
+    "vl": {"steps": 161_000, "warmup": 16_100, "lr": 1e-4, "clip": 0.0},
+}
+TINY_MOMO = {"image": TINY["image"], "text": TINY["text"], "vl": TINY["vl"]}
 
 
-def recipe(stage, config):
-    """The default of every flag that follows stage and config."""
+def recipe(stage, config, model="vlmo", world=1):
+    """The default of every flag that follows stage, config and model."""
+    tables = {"vlmo": (PAPER, TINY), "momo": (MOMO, TINY_MOMO)}
+    published, tiny = (table[stage] for table in tables[model])
     if config == "tiny":
-        return {"max_text_len": CONFIGS[config].max_text_len, "clip": 1.0, "save_every": 100} | TINY[stage]
-    published = PAPER[stage] | (LARGE.get(stage, {}) if config == "large" else {})
-    return {"max_text_len": CONFIGS[config].max_text_len, "save_every": 1000} | published
+        return {"max_text_len": CONFIGS[config].max_text_len, "clip": 1.0, "save_every": 100} | tiny
+    if model == "vlmo" and config == "large":
+        published = published | LARGE.get(stage, {})
+    return {"max_text_len": CONFIGS[config].max_text_len, "save_every": 1000, "batch_size": 64 * world} | published
 
 
 # Betas, weight decay, decay of the learning rate; those of stages text and vl serve for fine-tuning, too.
-OPTIMIZERS = {"dvae": ((0.9, 0.99), 0.0, "cosine"), "image": ((0.9, 0.999), 0.05, "cosine")}
 OPTIMIZER = ((0.9, 0.98), 0.01, "linear")
+DVAE_OPTIMIZER = ((0.9, 0.99), 0.0, "cosine")
+IMAGE_OPTIMIZER = ((0.9, 0.999), 0.05, "cosine")
+MOMO_OPTIMIZER = ((0.9, 0.95), 0.05, "cosine")  # MAE's, for all its stages: Section 3.6 names the cosine
 
 
 # ---- The stages ------------------------------------------------------------------------------------------------------
@@ -139,9 +154,13 @@ class TextStage(nn.Module):
 
     def forward(self, batch):
         """batch: masked, labels (b, T) int64, mask (b, T) bool."""
+        labels = batch["labels"][batch["labels"] != data.IGNORE]  # (M,)
+        return {"mlm": losses.masked_token_loss(self.logits(batch), labels)}
+
+    def logits(self, batch):
+        """(M, V): of the masked tokens."""
         out = self.model.encode_text(batch["masked"], batch["mask"])  # (b, T, D)
-        at = (batch["labels"] != data.IGNORE).nonzero(as_tuple=True)
-        return {"mlm": losses.masked_token_loss(self.model.mlm_head(out[at]), batch["labels"][at])}
+        return self.model.mlm_head(out[batch["labels"] != data.IGNORE])
 
 
 def language_part(model):
@@ -251,6 +270,9 @@ class Job(NamedTuple):
     kept: dict = {}  # goes into the checkpoint as it is
     best: str = ""  # the number by which the best checkpoint on split val is kept, too
     factor: float = 1.0  # of the head's learning rate
+    optimizer: tuple = OPTIMIZER
+    beside: Dataset = None  # MoMo: of the second modality; the names in its batches come after "beside: "
+    updates: tuple = ((),)  # of a step: what the stage's forward takes after the batch, for each
 
 
 def set_up_dvae(args, here, config, start):
@@ -267,8 +289,9 @@ def set_up_dvae(args, here, config, start):
             sheet.save(Path(args.out, f"reconstructions-{split}.png"))
         return evaluate.codebook(model, sources[split], image_size, here.device)
 
-    samples = images(args, sources["train"], image_size, None)
-    return Job(DVAEStage(model, args.kl_weight), samples, "images", model.config, None, {}, measured(sources), measure)
+    samples, stage = images(args, sources["train"], image_size), DVAEStage(model, args.kl_weight)
+    splits = measured(sources)
+    return Job(stage, samples, "images", model.config, None, {}, splits, measure, optimizer=DVAE_OPTIMIZER)
 
 
 def set_up_image(args, here, config, start):
@@ -285,11 +308,14 @@ def set_up_image(args, here, config, start):
     if known:
         weights.load_exactly(head, start.content["head"], start.path)
     stage = ImageStage(model, head, tokenizer)
-    samples = images(args, sources["train"], config.image_size, side)
+    samples = images(args, sources["train"], config.image_size, functools.partial(data.mask_blocks, side))
     measure = lambda split: evaluate.masked_patches(model, head, tokenizer, sources[split], here.device)
     kept = {"dvae": {"config": dataclasses.asdict(tokenizer.config), "model": tokenizer.state_dict()}}
     text = start and start.tokenizer
-    return Job(stage, samples, "images", config, text, taken, measured(sources), measure, kept=kept)
+    splits = measured(sources)
+    return Job(
+        stage, samples, "images", config, text, taken, splits, measure, kept=kept, optimizer=IMAGE_OPTIMIZER
+    )  # fmt: skip
 
 
 def image_tokenizer(args, here, config, start):
@@ -317,29 +343,29 @@ def set_up_text(args, here, config, start):
         data.text_files(args.data)
     if config.max_text_len < 3:
         raise runtime.UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
-    documents = lambda: data.read_documents(args.data)
-    corpus = lambda: data.text_corpus(args.data)
-    config, words = vocabulary(args, here, config, start, corpus)
+    config, words = vocabulary(args, here, config, start, lambda: data.text_corpus(args.data))
     model, taken = build(args, here, config, start)
+    stage, texts = TextStage(model), packed(args, here, words, args.data)
+    measure = lambda split: evaluate.masked_words(stage, texts[split], texts["train"], here.device)
+    note = f", {len(texts['train'].tokens) / 1e6:.1f} M tokens"
+    check_val(args, measured(texts))
+    return Job(stage, texts["train"], "texts", config, words.tokenizer, taken, measured(texts), measure, note)
 
-    # The tokens lie in files in the node's folder for temporary files, whose names go when all processes have them open
+
+def packed(args, here, words, paths):
+    """{split: data.Texts}. The tokens lie in files in the node's folder for temporary files, whose names go when all
+    processes have them open."""
     folder = Path(tempfile.gettempdir(), here.from_main(lambda: f"vlmo-{uuid.uuid4().hex}"))
     try:
-        here.once_a_node(lambda: (folder.mkdir(), data.pack(documents(), words, folder)))
+        here.once_a_node(lambda: (folder.mkdir(), data.pack(data.read_documents(paths), words, folder)))
         texts = {split: data.Texts(folder / split, words, args.seed) for split in data.SPLITS}
         here.meet()
     finally:
         if here.local_rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
     if not len(texts["train"]):
-        raise data.DataError(f"--data {' '.join(args.data)}: no text to train on")
-
-    measure = lambda split: evaluate.masked_words(model, texts[split], texts["train"], here.device)
-    note = f", {len(texts['train'].tokens) / 1e6:.1f} M tokens"
-    check_val(args, measured(texts))
-    return Job(
-        TextStage(model), texts["train"], "texts", config, words.tokenizer, taken, measured(texts), measure, note
-    )
+        raise data.DataError(f"{' '.join(paths)}: no text to train on")
+    return texts
 
 
 def set_up_vl(args, here, config, start):
@@ -350,9 +376,7 @@ def set_up_vl(args, here, config, start):
     stage = VisionLanguageStage(model, {name: weight for name, weight in used.items() if weight > 0}, args.negatives)
 
     measure = lambda split: evaluate.retrieval(model, sources[split], words, here.device)
-    samples = data.Pairs(
-        sources["train"], words, config.image_size, args.seed, augmentation(args, "randaugment"), args.flip
-    )
+    samples = pairs(args, sources["train"], config.image_size, words)
     splits = measured(sources) if "itc" in stage.weights else []  # nothing else makes retrieval work
     candidates = args.batch_size // args.accumulate
     hard = candidates if args.negatives == "global" else candidates // here.world
@@ -360,7 +384,69 @@ def set_up_vl(args, here, config, start):
     return Job(stage, samples, "pairs", config, words.tokenizer, taken, splits, measure, note)
 
 
-STAGES = {"dvae": set_up_dvae, "image": set_up_image, "text": set_up_text, "vl": set_up_vl}
+def set_up_momo(args, here, config, start):
+    """Any stage of MoMo: it learns one modality, and another beside it."""
+    if reason := momo.misfit(config):
+        raise runtime.UserError(reason)
+    modalities = momo.MODALITIES[args.stage][: 1 if args.no_simultaneous else 2]
+    sources, texts, tokenizer = {}, {}, start and start.tokenizer
+    if modalities != ("text",):
+        sources = read_splits(args, config.image_size, captions="pair" in modalities)
+    if args.stage != "image":
+        corpus = sources["train"].corpus if args.stage == "vl" else lambda: data.text_corpus(args.texts)
+        config, words = vocabulary(args, here, config, start, corpus)
+        tokenizer = words.tokenizer
+    hidden_words = lambda share: momo.HiddenWords(tokenizer, config.max_text_len, share)
+    hide = functools.partial(momo.hide_patches, momo.IMAGE, (config.image_size // config.patch_size) ** 2)
+    if "text" in modalities:
+        texts = packed(args, here, hidden_words(momo.TEXT), args.texts)
+    samples = {
+        "image": lambda: images(args, sources["train"], config.image_size, hide),
+        "text": lambda: texts["train"],
+        "pair": lambda: pairs(args, sources["train"], config.image_size, hidden_words(momo.PAIR), hide),
+    }
+    samples = [samples[modality]() for modality in modalities]
+
+    model, taken = build(args, here, config, start)
+    used, contrast = {name: 1.0 for modality in modalities for name in momo.LOSSES[modality]}, None
+    aligned = {"itc": args.itc_weight, "itm": args.itm_weight} if args.stage == "vl" else {}
+    aligned = {name: weight for name, weight in aligned.items() if weight > 0}
+    if aligned:
+        contrast = VisionLanguageStage(model, aligned, args.negatives)
+    for module in (*untrained(model, *aligned), *momo.unread(model, modalities)):
+        module.requires_grad_(False)
+    stage = momo.Stage(model, modalities, momo.DECODERS[args.config], used | aligned, contrast, args.normalise_pixels)
+    if start and start.resumed:
+        weights.load_exactly(stage.head, start.content["head"], start.path)
+
+    def measure(split):
+        if args.stage == "vl":
+            return evaluate.retrieval(model, sources[split], words, here.device)
+        results = {}
+        if sources:
+            shares = evaluate.batches(min(len(sources[split]), evaluate.ENOUGH), 64)
+            views = zip(shares, evaluate.pictures(sources[split], shares, config.image_size, here.device))
+            results = momo.masked_pixels(stage, views, here.device)
+        return results | (evaluate.masked_words(stage, texts[split], texts["train"], here.device) if texts else {})
+
+    splits = [split for split in measured(sources or texts) if args.stage != "text" or texts[split]]
+    if args.stage == "vl" and "itc" not in aligned:
+        splits = []
+    check_val(args, splits)
+    unit, note, beside = f"{modalities[0]}s", "", None
+    if len(samples) > 1:
+        beside, note = samples[1], f", beside {len(samples[1])} {modalities[1]}s"
+    updates = tuple((modality,) for modality in modalities) if args.no_cmga else ((),)
+    return Job(
+        stage, samples[0], unit, config, tokenizer, taken, splits, measure, note, optimizer=MOMO_OPTIMIZER,
+        beside=beside, updates=updates,
+    )  # fmt: skip
+
+
+STAGES = {
+    "vlmo": {"dvae": set_up_dvae, "image": set_up_image, "text": set_up_text, "vl": set_up_vl},
+    "momo": {"image": set_up_momo, "text": set_up_momo, "vl": set_up_momo},
+}
 
 
 def small_dvae(args, here, config):
@@ -419,8 +505,12 @@ def augmentation(args, usual):
     return args.augment or ("none" if args.data == ["shapes"] else usual)
 
 
-def images(args, source, image_size, side):
-    return data.Images(source, image_size, args.seed, augmentation(args, "crop"), args.flip, side)
+def images(args, source, image_size, hide=None):
+    return data.Images(source, image_size, args.seed, augmentation(args, "crop"), args.flip, hide)
+
+
+def pairs(args, source, image_size, words, hide=None):
+    return data.Pairs(source, words, image_size, args.seed, augmentation(args, "randaugment"), args.flip, hide)
 
 
 def vocabulary(args, here, config, start, corpus):
@@ -500,7 +590,8 @@ CHOICES = {"position": "{absolute,relative}", "experts": "{mome,shared}", "atten
 def parse():
     parser = runtime.Parser(__doc__)
     group = parser.add_argument_group("run")
-    group.add_argument("--stage", choices=list(STAGES), default="vl", help="[vl]")
+    group.add_argument("--stage", choices=list(STAGES["vlmo"]), default="vl", help="[vl]")
+    group.add_argument("--model", choices=list(STAGES), help="MoMo: momo.py [that of --init, or vlmo]")
     run_flags(group, "STAGE")
     group.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="measure on split val [0: never]")
 
@@ -531,6 +622,14 @@ def parse():
     group.add_argument("--kl-weight", type=float, metavar="W", help="of a new dVAE (default 0.002)")
     group.add_argument("--negatives", choices=["global", "local"], default="global", help="hard negatives: Table 6")
 
+    group = parser.add_argument_group("MoMo", "of --model momo alone")
+    group.add_argument(
+        "--texts", nargs="+", default=["shapes"], metavar="PATH", help="stages text, vl: plain text [shapes]"
+    )
+    group.add_argument("--no-simultaneous", action="store_true", help="stage text on text alone, vl on pairs: Table 6")
+    group.add_argument("--no-cmga", action="store_true", help="two updates a step, one a modality: Table 6")
+    group.add_argument("--normalise-pixels", action="store_true", help="targets of a patch with mean 0 and variance 1")
+
     speed_flags(parser)
 
     group = parser.add_argument_group("architecture", "--config, and any field of it; in brackets each config's value")
@@ -549,15 +648,19 @@ def parse():
     return args
 
 
-def resolve(args, start):
+def resolve(args, here, start):
     """Fills in what follows stage and config → the Config: that of --config, or of the checkpoint, with the flags on
     top. UserError where its fields do not fit together."""
     name = args.config or (start.content["args"]["config"] if start else "tiny")
-    defaults = recipe(args.stage, name)
+    args.model = args.model or (start.content["args"].get("model") if start else None) or "vlmo"
+    check_model(args)
+    defaults = recipe(args.stage, name, args.model, here.world)
     base = start.config if start and not args.config and args.stage != "dvae" else CONFIGS[name]
+    if args.model == "momo" and base is CONFIGS[name]:
+        base = dataclasses.replace(base, experts="shared")
     if start and args.stage == "dvae":  # --resume
         defaults |= {flag: start.content["args"][flag] for flag in ("image_size", "patch_size", "codes")}
-    elif start and args.stage in ("image", start.content["stage"]):
+    elif start and (args.model == "momo" or args.stage in ("image", start.content["stage"])):
         defaults["max_text_len"] = start.config.max_text_len
     for flag, value in ({"config": name} | defaults).items():
         if vars(args)[flag] is None:
@@ -567,6 +670,17 @@ def resolve(args, start):
         return dataclasses.replace(base, **{name: value for name, value in flags.items() if value is not None})
     except ValueError as error:
         raise runtime.UserError(str(error)) from None
+
+
+def check_model(args):
+    """UserError for a stage or a flag that the model does not have."""
+    if args.stage not in STAGES[args.model]:
+        raise runtime.UserError(f"--model {args.model} has no stage {args.stage}: its targets are pixels")
+    foreign = {"vlmo": {"texts": ["shapes"], "no_simultaneous": False, "no_cmga": False, "normalise_pixels": False},
+               "momo": {"dvae": None, "codes": None, "kl_weight": None, "mlm_weight": 0.25}}[args.model]  # fmt: skip
+    for flag, default in foreign.items():
+        if vars(args)[flag] != default:
+            raise runtime.UserError(f"--{flag.replace('_', '-')} is not of --model {args.model}")
 
 
 def check(args, here):
@@ -686,9 +800,9 @@ def read_start(args, here, kind=Config):
 def train(args, here):
     """Runs one stage → the path of its last checkpoint."""
     start = read_start(args, here, dvae.DVAEConfig if args.stage == "dvae" else Config)
-    config = resolve(args, start)
+    config = resolve(args, here, start)
     check(args, here)
-    return run(args, here, STAGES[args.stage](args, here, config, start), start)
+    return run(args, here, STAGES[args.model][args.stage](args, here, config, start), start)
 
 
 def recompute(model):
@@ -716,7 +830,7 @@ def run(args, here, job, start):
 
     # Model, optimizer
     stage, model = job.stage.to(here.device), job.stage.model
-    betas, weight_decay, decay = OPTIMIZERS.get(args.stage, OPTIMIZER)
+    betas, weight_decay, decay = job.optimizer
     optimizer = runtime.optimizer(stage, weight_decay, betas, stage.head, job.factor)
     scaler, done, record = here.scaler(), 0, -math.inf
     described = {"stage": args.stage, "args": vars(args) | {"out": str(out)}, "processes": here.world}
@@ -730,7 +844,7 @@ def run(args, here, job, start):
         recompute(model)
     if args.compile:
         compile_blocks(model, here)
-    wrapped = here.wrap(stage)
+    wrapped = here.wrap(stage, parts=len(job.updates) > 1)
     parameters = [p for p in stage.parameters() if p.requires_grad]
     taken = [group for group, how in job.taken.items() if how in ("taken", "resampled")]
 
@@ -789,7 +903,16 @@ def run(args, here, job, start):
         state |= {name: part.state_dict() for name, part in (("head", stage.head), *parts)}
         runtime.save(path, described | state | job.kept | {"step": step, "record": record})
 
-    batches = loader(args, here, job.samples, done * args.accumulate)
+    loaders = {"": loader(args, here, job.samples, done * args.accumulate)}
+    if job.beside:
+        loaders["beside: "] = loader(args, here, job.beside, done * args.accumulate)
+
+    def next_batch():
+        batches = {prefix: next(batches) for prefix, batches in loaders.items()}
+        for batch in batches.values():
+            unreadable.check(batch)
+        return {f"{prefix}{name}": tensor for prefix, batch in batches.items() for name, tensor in batch.items()}
+
     bar = tqdm(total=args.steps, initial=done, disable=not here.main, unit="step", mininterval=1)
     watch(done)  # a run may have been killed while it measured
     stage.train()
@@ -799,24 +922,24 @@ def run(args, here, job, start):
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * lr
         stage.progress = step / args.steps
-        row = 0
-        for part in range(args.accumulate):
-            batch = next(batches)
-            unreadable.check(batch)
-            batch = {name: tensor.to(here.device, non_blocking=True) for name, tensor in batch.items()}
-            with here.synchronised(wrapped, part == args.accumulate - 1):
-                with here.autocast():
-                    values = wrapped(batch)
-                loss = sum(weight * values[name] for name, weight in stage.weights.items())  # 1·ITC + 1·ITM + 0.25·MLM
-                scaler.scale(loss / args.accumulate).backward()
-            row = row + torch.stack([value.detach().float() for value in values.values()]) / args.accumulate
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        names = [*values, "gradient norm"]
-        history.append(torch.cat([row, norm[None]]))
+        parts, found = [next_batch() for _ in range(args.accumulate)], collections.Counter()
+        for update in job.updates:  # one; in MoMo's ablation one a modality
+            for part, batch in enumerate(parts, start=1):
+                batch = {name: tensor.to(here.device, non_blocking=True) for name, tensor in batch.items()}
+                with here.synchronised(wrapped, part == args.accumulate):
+                    with here.autocast():
+                        values = wrapped(batch, *update)
+                    # 1·ITC + 1·ITM + 0.25·MLM
+                    loss = sum(weight * values[name] for name, weight in stage.weights.items() if name in values)
+                    scaler.scale(loss / args.accumulate).backward()
+                found.update({name: value.detach().float() / args.accumulate for name, value in values.items()})
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        names = [*found, "gradient norm"]
+        history.append(torch.stack([*found.values(), norm]))
         bar.update()
 
         saves = step % args.save_every == 0 or step == args.steps

@@ -1,5 +1,6 @@
 """Tokens, masks, augmentation, data sets on disk, the built-in world, the order of samples."""
 
+import functools
 import json
 import os
 import random
@@ -751,7 +752,9 @@ def test_an_image_folder_is_read_below_and_dealt_or_has_its_own_splits(tmp_path)
 
 
 def test_samples_of_images_follow_seed_epoch_and_index():
-    images = lambda seed: data.Images(data.Shapes("train", 16), 16, seed, "crop", True, 4)
+    images = lambda seed: data.Images(
+        data.Shapes("train", 16), 16, seed, "crop", True, functools.partial(data.mask_blocks, 4)
+    )
     first = images(0)[2, 5]
     assert first.keys() == {"image", "hidden", "unreadable"} and first["hidden"].shape == (16,)
     same = lambda a, b: torch.equal(a["image"], b["image"]) and torch.equal(a["hidden"], b["hidden"])

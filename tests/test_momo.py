@@ -1,0 +1,231 @@
+"""MoMo: visible tokens alone reach the encoder, what is hidden is scored at its own place, modalities add up."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_bench import batch_of
+from test_train import Killed, call, metrics
+
+import data
+import finetune
+import losses
+import momo
+import runtime
+import train
+from mome import CONFIGS, Config, VLMo
+
+SMALL = Config(
+    dim=24, layers=2, heads=3, image_size=16, patch_size=4, vocab_size=50, max_text_len=24, experts="shared"
+)  # fmt: skip
+SHAPE = (1, 16, 2)
+BRIEF = "--model momo --dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8 --warmup 2".split()
+
+
+def pairs_of(config, lengths, seed=0):
+    """A batch of pairs of which three quarters are hidden."""
+    batch, rng = batch_of(config, lengths, seed), random.Random(seed)
+    hidden = [momo.hide_patches(0.75, 16, rng) for _ in lengths]
+    labels = torch.full_like(batch["text"], data.IGNORE)
+    for row, length in enumerate(lengths):
+        at = momo.hide(0.75, rng, range(1, length - 1))
+        labels[row, at] = batch["text"][row, at]
+    masked = batch["text"].masked_fill(labels != data.IGNORE, 4)
+    return batch | {"hidden": torch.stack(hidden), "labels": labels, "masked": masked}
+
+
+def texts_of(batch):
+    return {f"beside: {name}": batch[name] for name in ("masked", "labels", "mask")}
+
+
+def stage_of(model, modalities=("pair", "text"), aligned=("itc", "itm"), **options):
+    names = {name: 1.0 for modality in modalities for name in momo.LOSSES[modality]}
+    contrast = train.VisionLanguageStage(model, dict.fromkeys(aligned, 1.0)) if aligned else None
+    return momo.Stage(model, modalities, SHAPE, names | dict.fromkeys(aligned, 1.0), contrast, **options)
+
+
+def model_of(config=SMALL):
+    torch.manual_seed(0)
+    return VLMo(config).double()
+
+
+def test_what_is_hidden_does_not_reach_the_encoder():
+    model, batch = model_of(), pairs_of(SMALL, [9, 14, 5])
+    decoder = momo.Decoder(SMALL, SHAPE, "pair").double()
+    inputs = {name: batch[name] for name in momo.INPUTS["pair"]}
+    pixels, logits = momo.reconstructions(model, decoder, **inputs)
+    other = batch["hidden"].view(3, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    inputs["image"] = torch.where(other, 255 - batch["image"], batch["image"])
+    inputs["masked"] = torch.where(batch["labels"] != data.IGNORE, 7, batch["masked"])
+    assert not torch.equal(inputs["image"], batch["image"])
+    again = momo.reconstructions(model, decoder, **inputs)
+    assert torch.equal(pixels, again[0]) and torch.equal(logits, again[1])
+    inputs["image"] = torch.where(other, batch["image"], 255 - batch["image"])  # what is visible does
+    assert not torch.allclose(momo.reconstructions(model, decoder, **inputs)[1], logits)
+
+
+def test_the_encoder_computes_visible_rows_alone_and_padding_changes_none():
+    model, x = model_of(), torch.randn(3, 10, 24, dtype=torch.double)
+    visible = torch.zeros(3, 10, dtype=torch.bool)
+    visible[0, [0, 3, 4]] = visible[1, [0, 2, 5, 6, 9]] = visible[2, [1]] = True
+    rows, place, real = momo.encode_visible(model, x, visible)
+    assert rows.shape == (3, 5, 24) and real.sum(1).tolist() == [3, 5, 1]
+    for sample in range(3):
+        own, at, _ = momo.encode_visible(model, x[sample : sample + 1], visible[sample : sample + 1])
+        assert at[0].tolist() == visible[sample].nonzero()[:, 0].tolist()
+        torch.testing.assert_close(rows[sample][real[sample]], own[0])
+        assert torch.equal(place[sample][real[sample]], at[0])
+
+
+def test_the_decoder_puts_rows_back_at_their_places():
+    """In whatever order they come: what it says of a position is compared with that position."""
+    model, batch = model_of(), pairs_of(SMALL, [9, 14, 5])
+    decoder = momo.Decoder(SMALL, SHAPE, "pair").double()
+    x = torch.cat([model.embed_words(batch["masked"]), model.embed_patches(batch["image"], 1)], dim=1)
+    visible = torch.cat([batch["mask"] & (batch["labels"] == -100), torch.ones(3, 1).bool(), ~batch["hidden"]], dim=1)
+    mask = torch.cat([batch["mask"], torch.ones(3, 17).bool()], dim=1)
+    rows, place, real = momo.encode_visible(model, x, visible)
+    out = decoder(rows, place, real, mask, 24)
+    order = torch.randperm(rows.shape[1])
+    torch.testing.assert_close(decoder(rows[:, order], place[:, order], real[:, order], mask, 24), out)
+    numbered = torch.arange(16).view(1, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(3, 3, 16, 16)
+    wanted = momo.patch_values(numbered, batch["hidden"], False)  # each patch holds its number
+    assert torch.equal(((wanted + 1) * 127.5).round().long()[:, 0], batch["hidden"].nonzero()[:, 1])
+
+
+def test_a_normalised_patch_has_mean_0_and_variance_1():
+    image, hidden = torch.randint(0, 256, (2, 3, 16, 16)), torch.ones(2, 16, dtype=torch.bool)
+    values = momo.patch_values(image, hidden, True)
+    torch.testing.assert_close(values.mean(1), torch.zeros(32), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values.var(1), torch.ones(32), atol=1e-4, rtol=0)
+    loss = momo.mim_loss(values + 2, image, hidden, True)
+    assert loss.item() == pytest.approx(4, rel=1e-5)
+
+
+def test_masks_have_exact_counts():
+    tokenizer = data.train_tokenizer(data.Shapes("train", 0).corpus(), 300)
+    for share in (momo.TEXT, momo.PAIR):
+        words = momo.HiddenWords(tokenizer, 24, share)
+        for seed, caption in enumerate(["", "red", "a small red circle above a large blue square"]):
+            ids, mask = words.encode(caption)
+            masked, labels = words.mask_words(ids, random.Random(seed))
+            tokens, hidden = int(mask.sum()) - 2, labels != data.IGNORE
+            assert hidden.sum() == (max(1, round(share * tokens)) if tokens else 0) and not hidden[0]
+            assert torch.equal(labels[hidden], ids[hidden]) and torch.equal(masked[~hidden], ids[~hidden])
+            assert (masked[hidden] == words.mask).all() and not hidden[ids == words.sep].any()
+    assert all(momo.hide_patches(0.75, 196, random.Random(seed)).sum() == 147 for seed in range(20))
+
+
+@pytest.mark.parametrize("modalities", [("pair", "text"), ("text", "image")])
+def test_gradients_of_both_modalities_add_up(modalities):
+    """CMGA: one pass on both has the sum of the gradients of each alone."""
+    aligned = ("itc", "itm") if "pair" in modalities else ()
+    stage, batch = stage_of(model_of(), modalities, aligned).double(), pairs_of(SMALL, [9, 3, 14, 6])
+    batch |= {f"beside: {name}": tensor for name, tensor in pairs_of(SMALL, [12, 24, 7, 20], seed=1).items()}
+
+    def gradients(*update):
+        torch.manual_seed(3)  # the same negatives
+        stage.zero_grad()
+        values = stage(batch, *update)
+        sum(values[name] for name in stage.weights if name in values).backward()
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in stage.named_parameters()}
+
+    both, first, second = gradients(), *map(gradients, modalities)
+    for name, grad in both.items():
+        torch.testing.assert_close(first[name] + second[name], grad, rtol=1e-9, atol=1e-12)
+    shared = "model.blocks.0.attention.query.shared.weight"
+    assert first[shared].norm() > 0 and second[shared].norm() > 0
+
+
+def losses_and_gradient(part, parts):
+    """Of one process's part of a batch, averaged over processes as DDP does."""
+    stage = stage_of(model_of(), aligned=("itc",)).double()
+    whole = pairs_of(SMALL, [9, 3, 14, 6]) | texts_of(pairs_of(SMALL, [12, 24, 7, 20], seed=1))
+    own = slice(part * 4 // parts, (part + 1) * 4 // parts)
+    values = stage({name: tensor[own] for name, tensor in whole.items()})
+    sum(values[name] for name in stage.weights).backward()
+    found = torch.cat([torch.stack([values[name].detach() for name in stage.weights]),
+                       *(p.grad.flatten() for p in stage.parameters() if p.grad is not None)])  # fmt: skip
+    if parts > 1:
+        dist.all_reduce(found)
+    return found / parts
+
+
+def on_this_process():
+    return losses_and_gradient(losses.rank(), losses.world())
+
+
+def test_two_processes_compute_as_one(processes):
+    one = losses_and_gradient(0, 1)
+    for found in processes(2, on_this_process):
+        torch.testing.assert_close(found, one, rtol=1e-9, atol=1e-12)
+
+
+def test_base_has_as_many_active_parameters_as_the_paper_says():
+    with torch.device("meta"):
+        model = VLMo(replace(CONFIGS["base"], experts="shared"))
+    millions = {name: sum(p.numel() for p in parameters) / 1e6 for name, parameters in momo.active(model).items()}
+    assert millions == pytest.approx({"text": 110, "image": 86, "pair": 110}, rel=0.015)  # 108.5, 85.8, 109.3
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    monkeypatch.setattr(data, "SPLITS", {"train": 1000, "val": 12, "test": 12})
+
+
+def test_the_stages_train_one_from_another_and_serve_the_tasks(small_world, tmp_path, monkeypatch):
+    out = {stage: tmp_path / stage for stage in ("image", "text", "vl")}
+    brief = ["--batch-size", 8, "--steps", 3, "--log-every", 1]
+    call(monkeypatch, train, *BRIEF, *brief, "--stage", "image", "--out", out["image"])
+    call(monkeypatch, train, *brief, "--stage", "text", "--init", out["image"] / "last.pt", "--out", out["text"])
+    call(monkeypatch, train, *brief, "--stage", "vl", "--init", out["text"] / "last.pt", "--out", out["vl"])
+    first, last = ({stage: metrics(folder)[row] for stage, folder in out.items()} for row in (0, -1))
+    assert "mim" in first["image"] and {"mim", "mlm", "texts_per_s"} <= first["text"].keys()
+    assert {"cmm mim", "cmm mlm", "mlm", "itc", "itm", "pairs_per_s"} <= first["vl"].keys()
+    assert {"error", "mean patch's error"} <= last["image"].keys() and {"error", "perplexity"} <= last["text"].keys()
+    model = runtime.load(out["vl"] / "last.pt")["model"]
+    assert not any(name.startswith("mlm_head") for name in model)  # its place is the decoders', which stay behind
+    assert "TR@1" in last["vl"] and torch.equal(
+        model["types"][2], runtime.load(out["image"] / "last.pt")["model"]["types"][2]
+    )
+    for task, flags in {"vqa": [], "classify": ["--linear-probe"]}.items():
+        run = ["--task", task, "--init", out["vl"] / "last.pt", "--batch-size", 8, "--epochs", 0.005, *flags]
+        call(monkeypatch, finetune, *run, "--out", tmp_path / task)
+        assert "accuracy" in metrics(tmp_path / task)[-1]
+
+
+@pytest.mark.parametrize("flags", [["--stage", "text"], ["--stage", "vl", "--no-cmga", "--normalise-pixels"]])
+def test_momo_resumes_bit_for_bit(flags, small_world, tmp_path, monkeypatch):
+    flags = [*BRIEF, *flags, "--batch-size", 8, "--steps", 4, "--save-every", 2, "--drop-path", 0.2]
+    call(monkeypatch, train, *flags, "--out", tmp_path / "whole")
+    real = runtime.save
+
+    def dies(path, content):
+        real(path, content)
+        if content["step"] == 2:
+            raise Killed
+
+    monkeypatch.setattr(runtime, "save", dies)
+    with pytest.raises(Killed):
+        call(monkeypatch, train, *flags, "--out", tmp_path / "out")
+    call(monkeypatch, train, *flags, "--out", tmp_path / "out", "--resume")
+    whole, resumed = (runtime.load(tmp_path / name / "last.pt") for name in ("whole", "out"))
+    for part in ("model", "head"):
+        assert whole[part].keys() == resumed[part].keys()
+        assert all(torch.equal(whole[part][name], resumed[part][name]) for name in whole[part])
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--stage", "dvae"], "--model momo has no stage dvae"), (["--mlm-weight", 1], "--mlm-weight is not of"),
+        (["--experts", "mome"], "it needs --experts shared"), (["--position", "relative"], "--position absolute"),
+        (["--stage", "text", "--texts", "no.txt"], "no.txt: no such file"),
+        (["--model", "vlmo", "--no-cmga"], "--no-cmga is not of"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line(flags, says, tmp_path, monkeypatch):
+    with pytest.raises((runtime.UserError, data.DataError), match=says):
+        call(monkeypatch, train, "--model", "momo", "--steps", 1, "--out", tmp_path, *flags)
