@@ -68,18 +68,17 @@ MOMO = {
     "text": {"steps": 161_000, "warmup": 16_100, "lr": 5e-5, "clip": 0.0, "max_text_len": 196},
     "vl": {"steps": 161_000, "warmup": 16_100, "lr": 1e-4, "clip": 0.0},
 }
-TINY_MOMO = {"image": TINY["image"], "text": TINY["text"], "vl": TINY["vl"]}
 
 
 def recipe(stage, config, model="vlmo", world=1):
     """The default of every flag that follows stage, config and model."""
-    tables = {"vlmo": (PAPER, TINY), "momo": (MOMO, TINY_MOMO)}
-    published, tiny = (table[stage] for table in tables[model])
     if config == "tiny":
-        return {"max_text_len": CONFIGS[config].max_text_len, "clip": 1.0, "save_every": 100} | tiny
-    if model == "vlmo" and config == "large":
-        published = published | LARGE.get(stage, {})
-    return {"max_text_len": CONFIGS[config].max_text_len, "save_every": 1000, "batch_size": 64 * world} | published
+        return {"max_text_len": CONFIGS[config].max_text_len, "clip": 1.0, "save_every": 100} | TINY[stage]
+    if model == "momo":
+        published = {"batch_size": 64 * world} | MOMO[stage]
+    else:
+        published = PAPER[stage] | (LARGE.get(stage, {}) if config == "large" else {})
+    return {"max_text_len": CONFIGS[config].max_text_len, "save_every": 1000} | published
 
 
 # Betas, weight decay, decay of the learning rate; those of stages text and vl serve for fine-tuning, too.
