@@ -1,5 +1,6 @@
 """Several processes in a test: `processes(world, function, *arguments)` → each process's answer."""
 
+import multiprocessing
 import os
 import socket
 import sys
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the tests are small; threads of several processes would wait for each other
+multiprocessing.set_forkserver_preload(["torch._dynamo", "tokenizers", "PIL.Image"])  # imported once, for all processes
 
 
 def pytest_configure(config):
@@ -25,22 +27,26 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
-def _start(rank, world, port, function, arguments, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def _start(rank, world, port, group, function, arguments, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    if group:
+        dist.init_process_group("gloo")
     torch.save(function(*arguments), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
-    def run(world, function, *arguments):
+    def run(world, function, *arguments, group=True):
+        """group: there is a process group when function starts; else it makes one itself, as a script does."""
         folder = tmp_path_factory.mktemp("processes")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        mp.spawn(_start, (world, port, function, arguments, str(folder)), nprocs=world)
+        started = (world, port, group, function, arguments, str(folder))
+        mp.start_processes(_start, started, nprocs=world, start_method="forkserver")
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
     return run

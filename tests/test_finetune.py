@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from test_data import nlvr2, picture, vqa
-from test_train import call, command, metrics, pictures, refused
+from test_train import call, command, main_of, metrics, pictures, refused
 
 import data
 import evaluate
@@ -142,14 +142,13 @@ def test_the_second_image_and_the_pooler_start_as_they_were_and_the_head_has_its
     assert [group["lr"] for group in content["optimizer"]["param_groups"]] == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
 
 
-def test_two_processes_fine_tune_as_one(start, tmp_path, monkeypatch):
+def test_two_processes_fine_tune_as_one(start, processes, tmp_path, monkeypatch):
     run = ["--task", "nlvr2", "--init", start, *BRIEF, "--eval-every", "1"]
     folder = nlvr2(tmp_path / "data", "train", "train.json")
     nlvr2(nlvr2(folder, "dev", "dev.json"), "test1", "test1.json")
     run += ["--data", folder, "--epochs", "8", "--augment", "none"]
     call(monkeypatch, finetune, *run, "--out", tmp_path / "one")
-    answer = command("finetune.py", *run, "--out", tmp_path / "two", processes=2)
-    assert answer.returncode == 0, answer.stderr
+    processes(2, main_of, "finetune", *run, "--out", tmp_path / "two", group=False)
     results = lambda name: [entry for entry in metrics(tmp_path / name) if "split" in entry]
     assert results("one") == results("two") and len(results("one")) == 3
     for name in ("last.pt", "best.pt"):
