@@ -1,5 +1,6 @@
-"""How fast a step of stage vl is, beside the same step as a textbook has it; what negatives cost between processes; how
-fast retrieval is. Ratios of two sides that alternate in one run on one machine.
+"""How fast a step of stage vl is, beside the same step as a textbook has it, and beside MoMo's; what MoMo's encoder
+saves; what negatives cost between processes; how fast retrieval is. Ratios of sides that alternate in one run on one
+machine.
 
     python bench.py                                   # base, 224 pixels, on this machine's processor or GPU
     python bench.py --config tiny --amp off           # a minute
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import socket
 import statistics
 import time
@@ -25,6 +27,7 @@ from torch.utils import flop_counter
 import data
 import evaluate
 import losses
+import momo
 import runtime
 import train
 from mome import CONFIGS, VLMo, unit
@@ -110,6 +113,12 @@ def attention(layer, x, kind, T, keys, bias):
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
+def configuration(name, image_size=None, experts="mome"):
+    """The Config of this name, at another resolution if one is given, without drop-path."""
+    size = image_size or CONFIGS[name].image_size
+    return dataclasses.replace(CONFIGS[name], image_size=size, experts=experts, drop_path=0.0)
+
+
 def pairs(config, b, device):
     """b pairs as the loaders give them, with captions of 6 to 40 tokens, 13 on average: quantiles, the same always."""
     g = torch.Generator().manual_seed(0)
@@ -126,29 +135,49 @@ def pairs(config, b, device):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def hide(batch, config, share):
+    """The batch as momo.py's loaders give it: of each text this share of the tokens is hidden, and 75 % of patches."""
+    rng, labels = random.Random(0), torch.full_like(batch["text"], data.IGNORE)
+    for row, length in enumerate(batch["mask"].sum(1).tolist()):
+        at = momo.hide(share, rng, range(1, length - 1))
+        labels[row, at] = batch["text"][row, at]
+    patches = (config.image_size // config.patch_size) ** 2
+    hidden = torch.stack([momo.hide_patches(momo.PAIR, patches, rng) for _ in labels])
+    masked = batch["text"].masked_fill(labels != data.IGNORE, 4)
+    return batch | {"masked": masked, "labels": labels, "hidden": hidden.to(labels.device)}
+
+
 class Side:
-    """One way to compute the step: a model, its optimizer, and step()."""
+    """One way to compute the step: a model, its optimizer, a batch, and step()."""
 
-    def __init__(self, name, config, here):
+    def __init__(self, kind, name, image_size, b, here):
+        """kind: "textbook", "here", "MoMo", …; name: of a Config."""
         torch.manual_seed(0)
-        model = VLMo(config).to(here.device)
-        self.here, self.stage = here, (Textbook if name == "textbook" else train.VisionLanguageStage)(model, ALL)
-        if "recomputed" in name:
+        config = configuration(name, image_size, "shared" if kind == "MoMo" else "mome")
+        model, self.here, self.batch = VLMo(config), here, pairs(config, b, here.device)
+        if kind == "MoMo":
+            aligned = train.VisionLanguageStage(model, {"itc": 1.0, "itm": 1.0})
+            self.stage = momo.Stage(model, momo.MODALITIES["vl"], momo.DECODERS[name], aligned)
+            beside = hide(self.batch, config, momo.TEXT)
+            self.batch = hide(self.batch, config, momo.PAIR) | {f"beside: {key}": beside[key] for key in beside}
+        else:
+            self.stage = (Textbook if kind == "textbook" else train.VisionLanguageStage)(model, ALL)
+        self.stage.to(here.device).train()
+        if "recomputed" in kind:
             train.recompute(model)
-        if "compiled" in name:
+        if "compiled" in kind:
             train.compile_blocks(model, here)
-        self.optimizer = runtime.optimizer(model, 0.01, (0.9, 0.98))
-        self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.stage.train()
+        self.optimizer = runtime.optimizer(self.stage, 0.01, (0.9, 0.98))
+        self.parameters = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
 
-    def step(self, batch):
+    def step(self):
         with self.here.autocast():
-            values = self.stage(batch)
-        sum(weight * values[name] for name, weight in ALL.items()).backward()
+            values = self.stage(self.batch)
+        sum(weight * values[name] for name, weight in self.stage.weights.items()).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def flops(self, batch):
+    def flops(self):
         """Of the matrix products of a step, those of attention included."""
         forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -157,13 +186,13 @@ class Side:
             backward: lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad, q, k, v),
         }
         with flop_counter.FlopCounterMode(display=False, custom_mapping=more) as counter:
-            self.step(batch)
+            self.step()
         return counter.get_total_flops()
 
-    def kernels(self, batch):
+    def kernels(self):
         """Which of scaled_dot_product_attention's kernels run in a step."""
         with profiler.profile() as profile:
-            self.step(batch)
+            self.step()
         prefix = "aten::_scaled_dot_product_"
         ran = {event.key.removeprefix(prefix) for event in profile.key_averages() if event.key.startswith(prefix)}
         return " ".join(sorted(name.removesuffix("_for_cpu") for name in ran if "backward" not in name)) or "none"
@@ -199,15 +228,14 @@ def matmul_peak(here):
     return best
 
 
-def step_memory(out, name, config, b, amp):
+def step_memory(out, kind, name, image_size, b, amp):
     """In a process of its own: bytes that a step needs at its peak above parameters and optimizer state."""
     here = runtime.Runtime(amp)
     before = in_use(here.device)
-    side = Side(name, config, here)
-    batch = pairs(config, b, here.device)
-    side.step(batch)  # the optimizer's state is there from now on
+    side = Side(kind, name, image_size, b, here)
+    side.step()  # the optimizer's state is there from now on
     held = 12 * side.parameters  # fp32: the parameters, and AdamW's two averages
-    out.put(peak(lambda: side.step(batch), here.device) - before - held)
+    out.put(peak(side.step, here.device) - before - held)
 
 
 def ranking_memory(out, device):
@@ -253,42 +281,92 @@ def in_a_process(measure, *arguments):
 # ---- The tables ------------------------------------------------------------------------------------------------------
 
 
-def bench_step(args, name, amp, b):
-    """Rows of a step's numbers, one a side."""
-    config = dataclasses.replace(CONFIGS[name], image_size=args.image_size or CONFIGS[name].image_size, drop_path=0.0)
-    kinds = ["textbook", "here", "here, recomputed"] + ["here, compiled"] * args.compile
-    measured = in_a_process(step_times, kinds, config, b, amp, args.repeats)
+def bench_step(args, kinds, name, amp, b):
+    """Rows of a step's numbers, one for each kind of Side; ratios are to the first."""
+    of = (name, args.image_size, b, amp)
+    measured = in_a_process(step_times, kinds, *of, args.repeats)
     if measured is None:
         return [{"config": name, "batch": b, "amp": amp, "side": "did not fit into memory"}]
-    seconds, flops, best, kernels, rows = *measured, []
+    seconds, flops, parameters, best, kernels, rows = *measured, []
     for kind in kinds:
-        median, work = statistics.median(seconds[kind]), flops.get(kind, flops["here"])
-        used = in_a_process(step_memory, kind, config, b, amp)
+        median, work, used = statistics.median(seconds[kind]), flops[kind], in_a_process(step_memory, kind, *of)
         rows.append({
             "config": name, "batch": b, "amp": amp, "side": kind,
             "pairs/s": b / median,
             "spread": (max(seconds[kind]) - min(seconds[kind])) / median,
-            "× textbook": statistics.median(a / b for a, b in zip(seconds["textbook"], seconds[kind])),
+            f"× {kinds[0]}": statistics.median(a / b for a, b in zip(seconds[kinds[0]], seconds[kind])),
+            "parameters, M": parameters[kind] / 1e6,
             "TFLOP a step": work / 1e12,
             "of peak": work / median / best,
             "memory, MB": used and used / 1e6,
-            "attention": "written out" if kind == "textbook" else kernels,
+            "attention": kernels[kind],
             "days for 204.8 M pairs": PAPER_PAIRS * median / b / 86_400,
         })  # fmt: skip
     return rows
 
 
-def step_times(out, kinds, config, b, amp, repeats):
-    """In a process of its own: {side: [seconds a step]}, {side: FLOPs}, the best rate of matrix products, and the
-    kernels of attention."""
+def step_times(out, kinds, name, image_size, b, amp, repeats):
+    """In a process of its own, for each kind: seconds a step, FLOPs, parameters; the best rate of matrix products; and
+    for each kind the kernels of attention."""
     here = runtime.Runtime(amp)
-    sides, batch = {kind: Side(kind, config, here) for kind in kinds}, pairs(config, b, here.device)
-    flops = {kind: sides[kind].flops(batch) for kind in kinds[:3]}
-    seconds = alternate({k: lambda side=side: side.step(batch) for k, side in sides.items()}, repeats, here.device)
-    out.put((seconds, flops, matmul_peak(here), sides["here"].kernels(batch)))
+    sides = {kind: Side(kind, name, image_size, b, here) for kind in kinds}
+    counted = {kind: sides["here" if "compiled" in kind else kind] for kind in kinds}  # a compiled pass hides its parts
+    flops = {kind: side.flops() for kind, side in counted.items()}
+    seconds = alternate({kind: side.step for kind, side in sides.items()}, repeats, here.device)
+    kernels = {kind: "written out" if kind == "textbook" else side.kernels() for kind, side in counted.items()}
+    out.put((seconds, flops, {kind: side.parameters for kind, side in sides.items()}, matmul_peak(here), kernels))
 
 
 PAPER_PAIRS = 200_000 * 1024  # steps × batch of the paper's base model (Section 4.1)
+
+
+def bench_visible(args, name, amp):
+    """MoMo's encoder, forward and backward, on all rows and on the visible quarter of images, and of pairs."""
+    here, b = runtime.Runtime(amp), args.batch_size[0]
+    config = configuration(name, args.image_size, "shared")
+    torch.manual_seed(0)
+    model, batch = VLMo(config).to(here.device), hide(pairs(config, b, here.device), config, momo.PAIR)
+    patches = F.pad(~batch["hidden"], (1, 0), value=True)
+    words = batch["mask"] & (batch["labels"] == data.IGNORE)
+    rows = {"image": (model.embed_patches(batch["image"], 1), patches)}
+    rows["pair"] = (torch.cat([model.embed_words(batch["text"]), rows["image"][0]], 1), torch.cat([words, patches], 1))
+    everything = {"image": torch.ones_like(patches), "pair": F.pad(batch["mask"], (0, patches.shape[1]), value=True)}
+    found = []
+    for modality, (x, visible) in rows.items():
+        x = x.detach()
+
+        def encode(seen):
+            with here.autocast():
+                return momo.encode_visible(model, x, seen)[0]
+
+        sides = {"all": everything[modality], "visible": visible}
+        seconds = alternate(
+            {side: lambda seen=seen: encode(seen).sum().backward() for side, seen in sides.items()},
+            args.repeats, here.device,
+        )  # fmt: skip
+        all_kept, kept = (saved(lambda seen=seen: encode(seen), model) for seen in sides.values())
+        found.append({
+            "config": name, "amp": amp, "batch": b, "rows of": modality,
+            "all, s": statistics.median(seconds["all"]), "visible, s": statistics.median(seconds["visible"]),
+            "time, visible / all": statistics.median(v / a for v, a in zip(seconds["visible"], seconds["all"])),
+            "activations of all, MB": all_kept / 1e6, "activations, visible / all": kept / all_kept,
+        })  # fmt: skip
+    return found
+
+
+def saved(work, model):
+    """Bytes that a forward pass keeps for its backward pass, parameters left out."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _ = work()  # what is kept stays alive until here, so that no address serves twice
+    return sum(kept.values())
 
 
 def bench_exchange(world):
@@ -337,7 +415,7 @@ def traffic(world, mean, most):
 def bench_retrieval(args, name, amp):
     """Encoding of pictures with five captions each, and ranking as many as COCO 5K has."""
     here = runtime.Runtime(amp)
-    config = dataclasses.replace(CONFIGS[name], image_size=args.image_size or CONFIGS[name].image_size)
+    config = configuration(name, args.image_size)
     torch.manual_seed(0)
     model = VLMo(config).to(here.device).eval()
     image, captions = pairs(config, 16, here.device)["image"], pairs(config, 80, "cpu")
@@ -406,6 +484,7 @@ def main():
     device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, medians of {args.repeats}\n")
     found = {"device": device, "torch": torch.__version__}
+    kinds = ["textbook", "here", "here, recomputed"] + ["here, compiled"] * args.compile
 
     def show(title, rows):
         """Prints a table as soon as it is measured, and keeps it."""
@@ -421,8 +500,10 @@ def main():
     for name in args.config:
         for amp in args.amp:
             show("retrieval", [bench_retrieval(args, name, amp)])
+            show("MoMo's encoder, forward and backward", bench_visible(args, name, amp))
             for b in args.batch_size:
-                show("a step of stage vl", bench_step(args, name, amp, b))
+                show("a step of stage vl", bench_step(args, kinds, name, amp, b))
+                show("a step of VLMo and of MoMo", bench_step(args, ["here", "MoMo"], name, amp, b))
 
 
 if __name__ == "__main__":
