@@ -40,7 +40,7 @@ TINY = {  # what suits the tiny model in the built-in world: its ITM leaves a sa
     "nlvr2": {"epochs": 0.16, "lr": 2.5e-4, "fresh_pooler": True},
     "retrieval": {"epochs": 0.32, "lr": 2.5e-4},
     "classify": {"epochs": 0.64, "lr": 2.5e-4},
-    "probe": {"epochs": 0.64, "lr": 1e-2},
+    "probe": {"epochs": 0.64, "lr": 0.1},
 }
 TINY["flickr30k"] = TINY["retrieval"]
 

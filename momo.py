@@ -189,12 +189,15 @@ class Stage(nn.Module):
     """One stage of three. A step has a batch of each of its modalities, whose losses add up to one gradient: cross-
     modality gradient accumulation (CMGA)."""
 
-    def __init__(self, model, modalities, shape, weights, contrast=None, normalised=False):
-        """modalities: of MODALITIES; shape: a row of DECODERS; weights: {loss's name: weight}; contrast: of pairs, a
-        module batch → {"itc", "itm", …} on whole inputs (train.VisionLanguageStage); normalised: targets of pixels."""
+    def __init__(self, model, modalities, shape, aligned, normalised=False):
+        """modalities: of MODALITIES; shape: a row of DECODERS; aligned: contrast and matching of whole pairs, a module
+        batch → {"itc", "itm", …} with their weights (train.VisionLanguageStage); normalised: targets of pixels."""
         super().__init__()
-        self.model, self.contrast, self.weights, self.normalised = model, contrast, weights, normalised
+        self.model, self.aligned, self.normalised = model, aligned, normalised
+        self.weights = {name: 1.0 for modality in modalities for name in LOSSES[modality]} | aligned.weights
         self.head = nn.ModuleDict({name: Decoder(model.config, shape, name) for name in modalities})
+        for module in unread(model, modalities):
+            module.requires_grad_(False)
 
     def forward(self, batch, *modalities):
         """batch: of the first modality as data.py makes it, of the second each name after "beside: ".
@@ -210,8 +213,8 @@ class Stage(nn.Module):
             if logits is not None:
                 found.append(mlm_loss(logits, inputs["labels"]))
             out |= zip(LOSSES[modality], found)
-            if modality == "pair" and self.contrast:
-                out |= self.contrast(batch)
+            if modality == "pair":
+                out |= self.aligned(batch)
         return out
 
     def pixels(self, batch):

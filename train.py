@@ -68,12 +68,14 @@ MOMO = {
     "text": {"steps": 161_000, "warmup": 16_100, "lr": 5e-5, "clip": 0.0, "max_text_len": 196},
     "vl": {"steps": 161_000, "warmup": 16_100, "lr": 1e-4, "clip": 0.0},
 }
+TINY_MOMO = {"image": {"steps": 2400, "warmup": 240, "lr": 2e-3}}  # beyond TINY
 
 
 def recipe(stage, config, model="vlmo", world=1):
     """The default of every flag that follows stage, config and model."""
     if config == "tiny":
-        return {"max_text_len": CONFIGS[config].max_text_len, "clip": 1.0, "save_every": 100} | TINY[stage]
+        tiny = TINY[stage] | (TINY_MOMO.get(stage, {}) if model == "momo" else {})
+        return {"max_text_len": CONFIGS[config].max_text_len, "clip": 1.0, "save_every": 100} | tiny
     if model == "momo":
         published = {"batch_size": 64 * world} | MOMO[stage]
     else:
@@ -407,14 +409,9 @@ def set_up_momo(args, here, config, start):
     samples = [samples[modality]() for modality in modalities]
 
     model, taken = build(args, here, config, start)
-    used, contrast = {name: 1.0 for modality in modalities for name in momo.LOSSES[modality]}, None
-    aligned = {"itc": args.itc_weight, "itm": args.itm_weight} if args.stage == "vl" else {}
-    aligned = {name: weight for name, weight in aligned.items() if weight > 0}
-    if aligned:
-        contrast = VisionLanguageStage(model, aligned, args.negatives)
-    for module in (*untrained(model, *aligned), *momo.unread(model, modalities)):
-        module.requires_grad_(False)
-    stage = momo.Stage(model, modalities, momo.DECODERS[args.config], used | aligned, contrast, args.normalise_pixels)
+    factors = {"itc": args.itc_weight, "itm": args.itm_weight} if args.stage == "vl" else {}
+    aligned = VisionLanguageStage(model, {name: w for name, w in factors.items() if w > 0}, args.negatives)
+    stage = momo.Stage(model, modalities, momo.DECODERS[args.config], aligned, args.normalise_pixels)
     if start and start.resumed:
         weights.load_exactly(stage.head, start.content["head"], start.path)
 
@@ -429,7 +426,7 @@ def set_up_momo(args, here, config, start):
         return results | (evaluate.masked_words(stage, texts[split], texts["train"], here.device) if texts else {})
 
     splits = [split for split in measured(sources or texts) if args.stage != "text" or texts[split]]
-    if args.stage == "vl" and "itc" not in aligned:
+    if args.stage == "vl" and "itc" not in stage.weights:
         splits = []
     check_val(args, splits)
     unit, note, beside = f"{modalities[0]}s", "", None
@@ -536,7 +533,7 @@ def make_tokenizer(args, here, start, corpus, size):
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 # Flags that only some stages read.
-PICTURES, MODELS, TEXT, PAIRS = ("dvae", "image", "vl"), ("image", "text", "vl"), ("text", "vl"), ("vl",)
+MODELS, TEXT, PAIRS = ("image", "text", "vl"), ("text", "vl"), ("vl",)
 ONLY = {
     "dvae": ("image",),
     "codes": ("dvae", "image"),
@@ -545,7 +542,8 @@ ONLY = {
     "vocab_size": TEXT,
     "max_text_len": TEXT,
 }
-ONLY |= dict.fromkeys(("augment", "flip"), PICTURES) | dict.fromkeys(("init", "compile", "recompute"), MODELS)
+ONLY |= dict.fromkeys(("texts", "no_simultaneous", "no_cmga"), TEXT)
+ONLY |= dict.fromkeys(("init", "compile", "recompute", "normalise_pixels"), MODELS)
 ONLY |= dict.fromkeys(("itc_weight", "itm_weight", "mlm_weight", "negatives"), PAIRS)
 ONLY |= {
     field.name: MODELS for field in dataclasses.fields(Config) if field.name not in (*ONLY, "image_size", "patch_size")
@@ -680,6 +678,18 @@ def check_model(args):
     for flag, default in foreign.items():
         if vars(args)[flag] != default:
             raise runtime.UserError(f"--{flag.replace('_', '-')} is not of --model {args.model}")
+    alone, no_pictures = args.no_simultaneous, args.stage == "text" and (args.model == "vlmo" or args.no_simultaneous)
+    unread = {  # by this run
+        "no_cmga": alone,
+        "texts": alone and args.stage == "vl",
+        "data": alone and args.stage == "text",
+        "normalise_pixels": alone and args.stage == "text",
+        "augment": no_pictures,
+        "flip": no_pictures,
+    }
+    for flag, never in unread.items():
+        if never and vars(args)[flag] not in (None, False, ["shapes"]):
+            raise runtime.UserError(f"--{flag.replace('_', '-')}: this run has nothing that it could apply to")
 
 
 def check(args, here):

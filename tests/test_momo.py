@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_bench import batch_of
-from test_train import Killed, call, metrics
+from test_train import Killed, call, main_of, metrics, pictures
 
 import data
 import finetune
@@ -41,9 +41,9 @@ def texts_of(batch):
 
 
 def stage_of(model, modalities=("pair", "text"), aligned=("itc", "itm"), **options):
-    names = {name: 1.0 for modality in modalities for name in momo.LOSSES[modality]}
-    contrast = train.VisionLanguageStage(model, dict.fromkeys(aligned, 1.0)) if aligned else None
-    return momo.Stage(model, modalities, SHAPE, names | dict.fromkeys(aligned, 1.0), contrast, **options)
+    return momo.Stage(
+        model, modalities, SHAPE, train.VisionLanguageStage(model, dict.fromkeys(aligned, 1.0)), **options
+    )
 
 
 def model_of(config=SMALL):
@@ -163,6 +163,20 @@ def test_two_processes_compute_as_one(processes):
         torch.testing.assert_close(found, one, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("flags", [["--stage", "text"], ["--stage", "vl", "--no-cmga"]])
+def test_two_processes_train_as_one(flags, processes, tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "pictures", count=16)
+    (tmp_path / "a.txt").write_text("\n".join(f"number {i} is followed by number {i + 1}" for i in range(400)))
+    flags = [*BRIEF, *flags, "--data", folder, "--texts", tmp_path / "a.txt", "--augment", "none"]
+    flags += ["--batch-size", 8, "--steps", 3, "--log-every", 1, "--drop-path", 0]
+    flags += ["--itm-weight", 0] if "vl" in flags else []  # its negatives are drawn
+    call(monkeypatch, train, *flags, "--out", tmp_path / "one")
+    processes(2, main_of, "train", *flags, "--out", tmp_path / "two", group=False)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        measured = {name: value for name, value in one.items() if "_per_s" not in name and name != "split"}
+        assert {name: two[name] for name in measured} == pytest.approx(measured, rel=1e-3)
+
+
 def test_base_has_as_many_active_parameters_as_the_paper_says():
     with torch.device("meta"):
         model = VLMo(replace(CONFIGS["base"], experts="shared"))
@@ -224,6 +238,11 @@ def test_momo_resumes_bit_for_bit(flags, small_world, tmp_path, monkeypatch):
         (["--experts", "mome"], "it needs --experts shared"), (["--position", "relative"], "--position absolute"),
         (["--stage", "text", "--texts", "no.txt"], "no.txt: no such file"),
         (["--model", "vlmo", "--no-cmga"], "--no-cmga is not of"),
+        (["--stage", "image", "--no-cmga"], "--no-cmga is of stage text and vl, not of image"),
+        (["--stage", "text", "--no-simultaneous", "--no-cmga"], "--no-cmga: this run has nothing"),
+        (["--stage", "text", "--no-simultaneous", "--data", "x"], "--data: this run has nothing"),
+        (["--stage", "vl", "--no-simultaneous", "--texts", "x"], "--texts: this run has nothing"),
+        (["--stage", "text", "--no-simultaneous", "--augment", "crop"], "--augment: this run has nothing"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_line(flags, says, tmp_path, monkeypatch):
