@@ -135,14 +135,14 @@ def pairs(config, b, device):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def hide(batch, config, share):
-    """The batch as momo.py's loaders give it: of each text this share of the tokens is hidden, and 75 % of patches."""
+def hide(batch, config, modality):
+    """The batch as MoMo's loaders give it: tokens and patches are hidden at this modality's ratio."""
     rng, labels = random.Random(0), torch.full_like(batch["text"], data.IGNORE)
     for row, length in enumerate(batch["mask"].sum(1).tolist()):
-        at = momo.hide(share, rng, range(1, length - 1))
+        at = momo.hide(momo.RATIO[modality], rng, range(1, length - 1))
         labels[row, at] = batch["text"][row, at]
     patches = (config.image_size // config.patch_size) ** 2
-    hidden = torch.stack([momo.hide_patches(momo.PAIR, patches, rng) for _ in labels])
+    hidden = torch.stack([momo.hide_patches(momo.RATIO[modality], patches, rng) for _ in labels])
     masked = batch["text"].masked_fill(labels != data.IGNORE, 4)
     return batch | {"masked": masked, "labels": labels, "hidden": hidden.to(labels.device)}
 
@@ -158,15 +158,15 @@ class Side:
         if kind == "MoMo":
             aligned = train.VisionLanguageStage(model, {"itc": 1.0, "itm": 1.0})
             self.stage = momo.Stage(model, momo.MODALITIES["vl"], momo.DECODERS[name], aligned)
-            beside = hide(self.batch, config, momo.TEXT)
-            self.batch = hide(self.batch, config, momo.PAIR) | {f"beside: {key}": beside[key] for key in beside}
+            beside = hide(self.batch, config, "text")
+            self.batch = hide(self.batch, config, "pair") | {momo.BESIDE + key: beside[key] for key in beside}
         else:
             self.stage = (Textbook if kind == "textbook" else train.VisionLanguageStage)(model, ALL)
         self.stage.to(here.device).train()
         if "recomputed" in kind:
-            train.recompute(model)
+            train.recompute(self.stage)
         if "compiled" in kind:
-            train.compile_blocks(model, here)
+            train.compile_blocks(self.stage, here)
         self.optimizer = runtime.optimizer(self.stage, 0.01, (0.9, 0.98))
         self.parameters = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
 
@@ -177,25 +177,22 @@ class Side:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def flops(self):
-        """Of the matrix products of a step, those of attention included."""
+    def inspect(self):
+        """The FLOPs of a step's matrix products, those of attention included; and which of the kernels of
+        scaled_dot_product_attention run in it."""
         forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         more = {
             forward: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(q, k, v),
             backward: lambda grad, q, k, v, *_, **__: flop_counter.sdpa_backward_flop_count(grad, q, k, v),
         }
-        with flop_counter.FlopCounterMode(display=False, custom_mapping=more) as counter:
-            self.step()
-        return counter.get_total_flops()
-
-    def kernels(self):
-        """Which of scaled_dot_product_attention's kernels run in a step."""
-        with profiler.profile() as profile:
+        counter = flop_counter.FlopCounterMode(display=False, custom_mapping=more)
+        with profiler.profile() as profile, counter:
             self.step()
         prefix = "aten::_scaled_dot_product_"
         ran = {event.key.removeprefix(prefix) for event in profile.key_averages() if event.key.startswith(prefix)}
-        return " ".join(sorted(name.removesuffix("_for_cpu") for name in ran if "backward" not in name)) or "none"
+        kernels = sorted(name.removesuffix("_for_cpu") for name in ran if "backward" not in name)
+        return counter.get_total_flops(), " ".join(kernels) or "written out"
 
 
 def synchronise(device):
@@ -287,9 +284,10 @@ def bench_step(args, kinds, name, amp, b):
     measured = in_a_process(step_times, kinds, *of, args.repeats)
     if measured is None:
         return [{"config": name, "batch": b, "amp": amp, "side": "did not fit into memory"}]
-    seconds, flops, parameters, best, kernels, rows = *measured, []
+    seconds, counted, parameters, best, rows = *measured, []
     for kind in kinds:
-        median, work, used = statistics.median(seconds[kind]), flops[kind], in_a_process(step_memory, kind, *of)
+        (work, kernels), median = counted[kind], statistics.median(seconds[kind])
+        used = in_a_process(step_memory, kind, *of)
         rows.append({
             "config": name, "batch": b, "amp": amp, "side": kind,
             "pairs/s": b / median,
@@ -299,22 +297,20 @@ def bench_step(args, kinds, name, amp, b):
             "TFLOP a step": work / 1e12,
             "of peak": work / median / best,
             "memory, MB": used and used / 1e6,
-            "attention": kernels[kind],
+            "attention": kernels,
             "days for 204.8 M pairs": PAPER_PAIRS * median / b / 86_400,
         })  # fmt: skip
     return rows
 
 
 def step_times(out, kinds, name, image_size, b, amp, repeats):
-    """In a process of its own, for each kind: seconds a step, FLOPs, parameters; the best rate of matrix products; and
-    for each kind the kernels of attention."""
+    """In a process of its own, for each kind: [seconds a step], what inspect() says, parameters; and the best rate of
+    matrix products."""
     here = runtime.Runtime(amp)
     sides = {kind: Side(kind, name, image_size, b, here) for kind in kinds}
-    counted = {kind: sides["here" if "compiled" in kind else kind] for kind in kinds}  # a compiled pass hides its parts
-    flops = {kind: side.flops() for kind, side in counted.items()}
+    counted = {kind: sides["here" if "compiled" in kind else kind].inspect() for kind in kinds}  # compiled code hides
     seconds = alternate({kind: side.step for kind, side in sides.items()}, repeats, here.device)
-    kernels = {kind: "written out" if kind == "textbook" else side.kernels() for kind, side in counted.items()}
-    out.put((seconds, flops, {kind: side.parameters for kind, side in sides.items()}, matmul_peak(here), kernels))
+    out.put((seconds, counted, {kind: side.parameters for kind, side in sides.items()}, matmul_peak(here)))
 
 
 PAPER_PAIRS = 200_000 * 1024  # steps × batch of the paper's base model (Section 4.1)
@@ -325,7 +321,7 @@ def bench_visible(args, name, amp):
     here, b = runtime.Runtime(amp), args.batch_size[0]
     config = configuration(name, args.image_size, "shared")
     torch.manual_seed(0)
-    model, batch = VLMo(config).to(here.device), hide(pairs(config, b, here.device), config, momo.PAIR)
+    model, batch = VLMo(config).to(here.device), hide(pairs(config, b, here.device), config, "pair")
     patches = F.pad(~batch["hidden"], (1, 0), value=True)
     words = batch["mask"] & (batch["labels"] == data.IGNORE)
     rows = {"image": (model.embed_patches(batch["image"], 1), patches)}
@@ -503,7 +499,7 @@ def main():
             show("MoMo's encoder, forward and backward", bench_visible(args, name, amp))
             for b in args.batch_size:
                 show("a step of stage vl", bench_step(args, kinds, name, amp, b))
-                show("a step of VLMo and of MoMo", bench_step(args, ["here", "MoMo"], name, amp, b))
+            show("a step of VLMo and of MoMo", bench_step(args, ["here", "MoMo"], name, amp, args.batch_size[0]))
 
 
 if __name__ == "__main__":

@@ -674,16 +674,16 @@ def soft_scores(answers, numbers):
 
 
 def text_files(data):
-    """The files that --data names: text files, or folders with *.txt below. DataError if there is none."""
+    """Text files, or those of folders with *.txt below. DataError if there is none."""
     found = []
     for path in map(Path, data):
         if not path.exists():
-            raise DataError(f"--data {path}: no such file or folder")
+            raise DataError(f"{path}: no such file or folder")
         if path.is_file() and path.suffix.lower() in (*IMAGES, ".json", ".jsonl"):
-            raise DataError(f"--data {path}: stage text takes plain text")
+            raise DataError(f"{path}: plain text is wanted here")
         files = files_below(path, (".txt",)) if path.is_dir() else [str(path)]
         if not files:
-            raise DataError(f"--data {path}: stage text takes plain text, and there is no *.txt below")
+            raise DataError(f"{path}: plain text is wanted here, and there is no *.txt below")
         found += files
     return found
 
@@ -694,7 +694,7 @@ def read_lines(path):
         with open(path, encoding="utf-8") as file:
             yield from map(str.strip, file)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--data {path}: cannot be read as text: {error}") from None
+        raise DataError(f"{path}: cannot be read as text: {error}") from None
 
 
 def documents(path):

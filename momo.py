@@ -19,45 +19,47 @@ import data
 import losses
 from mome import Block, embedding, initialise
 
-IMAGE, TEXT, PAIR = 0.75, 0.15, 0.75  # hidden: of the patches, of a text's tokens, of a pair's patches and tokens
+RATIO = {"image": 0.75, "text": 0.15, "pair": 0.75}  # masked: of patches, of tokens, of both (Section 3.2)
 DECODERS = {"tiny": (2, 64, 2), "base": (8, 512, 16), "base_plus": (8, 512, 16), "large": (8, 512, 16)}  # layers, E, H
 
 
 def misfit(config):
     """Why the encoder of this Config is not MoMo's, or None."""
     rules = {"experts": "shared", "attention": "shared", "position": "absolute"}
-    wrong = [f"--{name} {value}" for name, value in rules.items() if vars(config)[name] != value]
-    return wrong and f"--model momo is one Transformer for all rows: it needs {', '.join(wrong)}"
+    wrong = [f"{name} {value}" for name, value in rules.items() if vars(config)[name] != value]
+    if wrong:
+        return f"--model momo is one Transformer for all rows: it needs {', '.join(wrong)}"
+    if config.image_size // config.patch_size < 2:
+        return "--model momo reconstructs hidden patches from others: it needs more than one"
 
 
 # ---- Hiding: in the data, so that it does not depend on the number of processes --------------------------------------
 
 
-def hide(share, rng, candidates):
-    """A share of the candidates, chosen at random: exactly round(share · their number), at least one where there is
-    any."""
-    count = min(len(candidates), max(1, round(share * len(candidates))))
+def hide(ratio, rng, candidates):
+    """Candidates chosen at random: exactly round(ratio · their number), at least one where there is any."""
+    count = min(len(candidates), max(1, round(ratio * len(candidates))))
     return sorted(rng.sample(candidates, count))
 
 
-def hide_patches(share, patches, rng):
+def hide_patches(ratio, patches, rng):
     """→ (N,) bool, True = hidden."""
     hidden = torch.zeros(patches, dtype=torch.bool)
-    hidden[hide(share, rng, range(patches))] = True
+    hidden[hide(ratio, rng, range(patches))] = True
     return hidden
 
 
 class HiddenWords(data.Words):
-    """Texts of which a share of the tokens is hidden: they leave the encoder's input, nothing stands for them."""
+    """Texts of which tokens are hidden: they leave the encoder's input, nothing stands for them."""
 
-    def __init__(self, tokenizer, length, share):
+    def __init__(self, tokenizer, length, ratio):
         super().__init__(tokenizer, length)
-        self.share = share
+        self.ratio = ratio
 
     def mask_words(self, ids, rng):
-        """ids (T,) → the same with [MASK] where a token is hidden, labels (T,) with −100 where none is."""
+        """ids (T,) → the same with [MASK] where a token is hidden, which no one reads; labels (T,), −100 = visible."""
         special = torch.tensor([self.pad, self.cls, self.sep])
-        at = hide(self.share, rng, torch.isin(ids, special, invert=True).nonzero()[:, 0].tolist())
+        at = hide(self.ratio, rng, torch.isin(ids, special, invert=True).nonzero()[:, 0].tolist())
         labels = torch.full_like(ids, data.IGNORE)
         labels[at] = ids[at]
         return ids.masked_fill(labels != data.IGNORE, self.mask), labels
@@ -73,6 +75,7 @@ def encode_visible(model, x, visible):
     fewest, K = torch.stack(visible.sum(1).aminmax()).tolist()
     place = visible.long().argsort(dim=1, descending=True, stable=True)[:, :K]  # visible ones first, in their order
     rows, real = x.gather(1, place[..., None].expand(-1, -1, x.shape[2])), visible.gather(1, place)
+    # its one shared expert asks neither for the kind of input nor where its text ends
     return model.encode_rows(rows, "pair", 0, None if fewest == K else real), place, real
 
 
@@ -100,15 +103,15 @@ class Decoder(nn.Module):
         initialise(self, config)
 
     def forward(self, rows, place, real, mask, T):
-        """rows, place, real as encode_visible gives them; mask (b, S) bool, False = padding; the first T rows are text
-        → (b, S, E)."""
+        """rows, place, real as encode_visible gives them; mask (b, S) bool, False = padding, or None; the first T rows
+        are text → (b, S, E)."""
         position = [] if self.text_position is None else [self.text_position[:T]]
-        position += [] if self.image_position is None else [self.image_position]
+        position = torch.cat(position + ([] if self.image_position is None else [self.image_position]))  # (S, E)
         rows = torch.where(real[..., None], self.enter(rows), self.mask_token.to(rows.dtype))
-        x = self.mask_token.to(rows.dtype).expand(*mask.shape, -1)
-        x = x.scatter(1, place[..., None].expand_as(rows), rows) + torch.cat(position)
+        x = self.mask_token.to(rows.dtype).expand(len(rows), *position.shape)
+        x = x.scatter(1, place[..., None].expand_as(rows), rows) + position
         for block in self.blocks:
-            x = block(x, "pair", T, mask[:, None, None])
+            x = block(x, "pair", T, None if mask is None else mask[:, None, None])
         return self.norm(x)
 
 
@@ -131,7 +134,7 @@ def reconstructions(model, decoder, image=None, hidden=None, masked=None, labels
         visible.append(F.pad(~hidden, (1, 0), value=True))  # [I_CLS] is always visible
         masks.append(torch.ones_like(visible[-1]))
     rows = encode_visible(model, torch.cat(x, dim=1), torch.cat(visible, dim=1))
-    out = decoder(*rows, torch.cat(masks, dim=1), T)  # (b, S, E)
+    out = decoder(*rows, torch.cat(masks, dim=1) if T else None, T)  # (b, S, E)
     pixels = None if image is None else decoder.pixels(out[:, T + 1 :][hidden])
     if masked is None:
         return pixels, None
@@ -166,6 +169,7 @@ def mlm_loss(logits, labels):
 MODALITIES = {"image": ("image",), "text": ("text", "image"), "vl": ("pair", "text")}  # the second is learned beside
 INPUTS = {"image": ("image", "hidden"), "text": ("masked", "labels", "mask")}
 INPUTS["pair"] = INPUTS["image"] + INPUTS["text"]
+BESIDE = "beside: "  # before the names of the second modality in a batch
 LOSSES = {"image": ("mim",), "text": ("mlm",), "pair": ("cmm mim", "cmm mlm")}  # Eq. (3) is the sum of the last two
 
 
@@ -196,16 +200,16 @@ class Stage(nn.Module):
         self.model, self.aligned, self.normalised = model, aligned, normalised
         self.weights = {name: 1.0 for modality in modalities for name in LOSSES[modality]} | aligned.weights
         self.head = nn.ModuleDict({name: Decoder(model.config, shape, name) for name in modalities})
+        self.prefix = dict(zip(modalities, ("", BESIDE)))
         for module in unread(model, modalities):
             module.requires_grad_(False)
 
     def forward(self, batch, *modalities):
-        """batch: of the first modality as data.py makes it, of the second each name after "beside: ".
+        """batch: of the first modality as data.py makes it, of the second each name after BESIDE.
         modalities: those whose losses are wanted; none: all."""
         out = {}
         for modality in modalities or self.head:
-            prefix = "" if modality == next(iter(self.head)) else "beside: "
-            inputs = {name: batch[prefix + name] for name in INPUTS[modality]}
+            inputs = {name: batch[self.prefix[modality] + name] for name in INPUTS[modality]}
             pixels, logits = reconstructions(self.model, self.head[modality], **inputs)
             found = []
             if pixels is not None:
@@ -237,7 +241,9 @@ def masked_pixels(stage, views, device):
     patches = (config.image_size // config.patch_size) ** 2
     for numbers, image in views:
         image = image.to(device)
-        hidden = torch.stack([hide_patches(IMAGE, patches, random.Random(f"mask {i}")) for i in numbers]).to(device)
+        hidden = torch.stack([hide_patches(RATIO["image"], patches, random.Random(f"mask {i}")) for i in numbers]).to(
+            device
+        )
         wanted = patch_values(image, hidden, stage.normalised)  # (M, P)
         seen = patch_values(image, ~hidden, stage.normalised).unflatten(0, (len(image), -1)).mean(1)  # (n, P)
         errors = [stage.pixels({"image": image, "hidden": hidden}) - wanted,

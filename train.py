@@ -36,7 +36,7 @@ import losses
 import momo
 import runtime
 import weights
-from mome import CONFIGS, Config, MIMHead, VLMo
+from mome import CONFIGS, Block, Config, MIMHead, VLMo
 
 # Per stage and config: what the papers publish (Section 4.1, Appendix B; stage image: BEiT's 800 epochs of ImageNet-1k;
 # for a small dVAE nothing is), and what suits the tiny one on two CPU cores.
@@ -61,26 +61,23 @@ TINY = {
     "text": {"batch_size": 64, "steps": 1000, "warmup": 75, "lr": 1e-3, "max_text_len": 48},
     "vl": {"batch_size": 64, "steps": 750, "warmup": 75, "lr": 1e-3},
 }
-# MoMo (its Section 3.6): batches of 64 a device; 1600 epochs of ImageNet, then 100 of 6.6 M documents, at 64 devices;
-# in stage image MAE's base rate of 1.5e-4 for each 256 of the batch.
+# MoMo (its Section 3.6): 64 a device on 64 devices; 1600 epochs of ImageNet, at MAE's rate of 1.5e-4 for each 256 of a
+# batch; then twice 100 of 6.6 M documents.
 MOMO = {
-    "image": {"steps": 500_000, "warmup": 12_500, "lr": 2.4e-3, "clip": 0.0},
-    "text": {"steps": 161_000, "warmup": 16_100, "lr": 5e-5, "clip": 0.0, "max_text_len": 196},
-    "vl": {"steps": 161_000, "warmup": 16_100, "lr": 1e-4, "clip": 0.0},
+    "image": {"batch_size": 4096, "steps": 500_000, "warmup": 12_500, "lr": 2.4e-3, "clip": 0.0},
+    "text": {"batch_size": 4096, "steps": 161_000, "warmup": 16_100, "lr": 5e-5, "clip": 0.0, "max_text_len": 196},
+    "vl": {"batch_size": 4096, "steps": 161_000, "warmup": 16_100, "lr": 1e-4, "clip": 0.0},
 }
-TINY_MOMO = {"image": {"steps": 2400, "warmup": 240, "lr": 2e-3}}  # beyond TINY
 
 
-def recipe(stage, config, model="vlmo", world=1):
+def recipe(stage, config, model="vlmo"):
     """The default of every flag that follows stage, config and model."""
+    length = {"max_text_len": CONFIGS[config].max_text_len}
     if config == "tiny":
-        tiny = TINY[stage] | (TINY_MOMO.get(stage, {}) if model == "momo" else {})
-        return {"max_text_len": CONFIGS[config].max_text_len, "clip": 1.0, "save_every": 100} | tiny
+        return length | {"clip": 1.0, "save_every": 100} | TINY[stage] | (length if model == "momo" else {})
     if model == "momo":
-        published = {"batch_size": 64 * world} | MOMO[stage]
-    else:
-        published = PAPER[stage] | (LARGE.get(stage, {}) if config == "large" else {})
-    return {"max_text_len": CONFIGS[config].max_text_len, "save_every": 1000} | published
+        return length | {"save_every": 1000} | MOMO[stage]
+    return length | {"save_every": 1000} | PAPER[stage] | (LARGE.get(stage, {}) if config == "large" else {})
 
 
 # Betas, weight decay, decay of the learning rate; those of stages text and vl serve for fine-tuning, too.
@@ -272,7 +269,7 @@ class Job(NamedTuple):
     best: str = ""  # the number by which the best checkpoint on split val is kept, too
     factor: float = 1.0  # of the head's learning rate
     optimizer: tuple = OPTIMIZER
-    beside: Dataset = None  # MoMo: of the second modality; the names in its batches come after "beside: "
+    beside: Dataset = None  # MoMo: of the second modality; its names in a batch come after momo.BESIDE
     updates: tuple = ((),)  # of a step: what the stage's forward takes after the batch, for each
 
 
@@ -342,8 +339,6 @@ def set_up_text(args, here, config, start):
         raise runtime.UserError("stage text trains language experts alone: a model with --experts shared has none")
     if args.data != ["shapes"]:
         data.text_files(args.data)
-    if config.max_text_len < 3:
-        raise runtime.UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
     config, words = vocabulary(args, here, config, start, lambda: data.text_corpus(args.data))
     model, taken = build(args, here, config, start)
     stage, texts = TextStage(model), packed(args, here, words, args.data)
@@ -356,6 +351,8 @@ def set_up_text(args, here, config, start):
 def packed(args, here, words, paths):
     """{split: data.Texts}. The tokens lie in files in the node's folder for temporary files, whose names go when all
     processes have them open."""
+    if words.length < 3:
+        raise runtime.UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
     folder = Path(tempfile.gettempdir(), here.from_main(lambda: f"vlmo-{uuid.uuid4().hex}"))
     try:
         here.once_a_node(lambda: (folder.mkdir(), data.pack(data.read_documents(paths), words, folder)))
@@ -388,26 +385,36 @@ def set_up_vl(args, here, config, start):
 def set_up_momo(args, here, config, start):
     """Any stage of MoMo: it learns one modality, and another beside it."""
     if reason := momo.misfit(config):
-        raise runtime.UserError(reason)
+        raise runtime.UserError(f"{start.path}: {reason}" if start else reason)
     modalities = momo.MODALITIES[args.stage][: 1 if args.no_simultaneous else 2]
     sources, texts, tokenizer = {}, {}, start and start.tokenizer
     if modalities != ("text",):
         sources = read_splits(args, config.image_size, captions="pair" in modalities)
+    if sources and "text" in modalities and (args.data == ["shapes"]) != (args.texts == ["shapes"]):
+        raise runtime.UserError("--data and --texts: name both, or leave both to the built-in world")
+
+    def corpus():
+        captions = sources["train"].corpus() if "pair" in modalities else []
+        return [*captions, *(data.text_corpus(args.texts) if "text" in modalities else [])]
+
     if args.stage != "image":
-        corpus = sources["train"].corpus if args.stage == "vl" else lambda: data.text_corpus(args.texts)
         config, words = vocabulary(args, here, config, start, corpus)
         tokenizer = words.tokenizer
-    hidden_words = lambda share: momo.HiddenWords(tokenizer, config.max_text_len, share)
-    hide = functools.partial(momo.hide_patches, momo.IMAGE, (config.image_size // config.patch_size) ** 2)
     if "text" in modalities:
-        texts = packed(args, here, hidden_words(momo.TEXT), args.texts)
-    samples = {
-        "image": lambda: images(args, sources["train"], config.image_size, hide),
-        "text": lambda: texts["train"],
-        "pair": lambda: pairs(args, sources["train"], config.image_size, hidden_words(momo.PAIR), hide),
-    }
-    samples = [samples[modality]() for modality in modalities]
+        hidden_words = momo.HiddenWords(tokenizer, config.max_text_len, momo.RATIO["text"])
+        texts = packed(args, here, hidden_words, args.texts)
 
+    def samples(modality):
+        if modality == "text":
+            return texts["train"]
+        ratio, patches = momo.RATIO[modality], (config.image_size // config.patch_size) ** 2
+        hide = functools.partial(momo.hide_patches, ratio, patches)
+        if modality == "image":
+            return images(args, sources["train"], config.image_size, hide)
+        hidden_words = momo.HiddenWords(tokenizer, config.max_text_len, ratio)
+        return pairs(args, sources["train"], config.image_size, hidden_words, hide)
+
+    first, *others = map(samples, modalities)
     model, taken = build(args, here, config, start)
     factors = {"itc": args.itc_weight, "itm": args.itm_weight} if args.stage == "vl" else {}
     aligned = VisionLanguageStage(model, {name: w for name, w in factors.items() if w > 0}, args.negatives)
@@ -416,26 +423,25 @@ def set_up_momo(args, here, config, start):
         weights.load_exactly(stage.head, start.content["head"], start.path)
 
     def measure(split):
-        if args.stage == "vl":
-            return evaluate.retrieval(model, sources[split], words, here.device)
         results = {}
-        if sources:
+        if "itc" in stage.weights:
+            results = evaluate.retrieval(model, sources[split], words, here.device)
+        if "mim" in stage.weights:
             shares = evaluate.batches(min(len(sources[split]), evaluate.ENOUGH), 64)
             views = zip(shares, evaluate.pictures(sources[split], shares, config.image_size, here.device))
             results = momo.masked_pixels(stage, views, here.device)
-        return results | (evaluate.masked_words(stage, texts[split], texts["train"], here.device) if texts else {})
+        if texts and texts[split]:
+            results |= evaluate.masked_words(stage, texts[split], texts["train"], here.device)
+        return results
 
-    splits = [split for split in measured(sources or texts) if args.stage != "text" or texts[split]]
-    if args.stage == "vl" and "itc" not in stage.weights:
-        splits = []
-    check_val(args, splits)
-    unit, note, beside = f"{modalities[0]}s", "", None
-    if len(samples) > 1:
-        beside, note = samples[1], f", beside {len(samples[1])} {modalities[1]}s"
+    splits = measured(sources if stage.weights.keys() & {"itc", "mim"} else texts)
+    if not sources:
+        check_val(args, splits)
+    note = f", beside {len(others[0])} {modalities[1]}s" if others else ""
     updates = tuple((modality,) for modality in modalities) if args.no_cmga else ((),)
     return Job(
-        stage, samples[0], unit, config, tokenizer, taken, splits, measure, note, optimizer=MOMO_OPTIMIZER,
-        beside=beside, updates=updates,
+        stage, first, f"{modalities[0]}s", config, tokenizer, taken, splits, measure, note, optimizer=MOMO_OPTIMIZER,
+        beside=others[0] if others else None, updates=updates,
     )  # fmt: skip
 
 
@@ -595,7 +601,7 @@ def parse():
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", nargs="+", default=["shapes"], metavar="PATH", help="the built-in world [shapes]; folders of pairs "
-        "(stage vl), of pairs or images (dvae, image), text files or folders of them (text)"
+        "(stage vl), of pairs or images (dvae, image, MoMo's text), text files or folders of them (VLMo's text)"
     )  # fmt: skip
     group.add_argument(
         "--dvae", metavar="FILE", help="stage image: the tokenizer, of --stage dvae [one is trained first]"
@@ -605,8 +611,8 @@ def parse():
 
     group = parser.add_argument_group(
         "optimization",
-        "defaults follow --stage and --config (train.py: PAPER, TINY); in brackets those of base, the paper's, "
-        "for stages image · text · vl",
+        "defaults follow --stage, --config and --model (train.py: PAPER, TINY, MOMO); in brackets those of VLMo's "
+        "base, the paper's, for stages image · text · vl",
     )
     group.add_argument("--batch-size", type=int, metavar="B", help="of a step, over all processes [2048 · 1024 · 1024]")
     group.add_argument("--steps", type=int, help="[500000 · 500000, large 200000 · 200000]")
@@ -651,13 +657,13 @@ def resolve(args, here, start):
     name = args.config or (start.content["args"]["config"] if start else "tiny")
     args.model = args.model or (start.content["args"].get("model") if start else None) or "vlmo"
     check_model(args)
-    defaults = recipe(args.stage, name, args.model, here.world)
+    defaults = recipe(args.stage, name, args.model)
     base = start.config if start and not args.config and args.stage != "dvae" else CONFIGS[name]
     if args.model == "momo" and base is CONFIGS[name]:
-        base = dataclasses.replace(base, experts="shared")
+        base = dataclasses.replace(base, experts="shared", drop_path=0.0)  # MAE has none in pre-training
     if start and args.stage == "dvae":  # --resume
         defaults |= {flag: start.content["args"][flag] for flag in ("image_size", "patch_size", "codes")}
-    elif start and (args.model == "momo" or args.stage in ("image", start.content["stage"])):
+    elif start and (args.stage in ("image", start.content["stage"]) or args.model == "momo" and start.tokenizer):
         defaults["max_text_len"] = start.config.max_text_len
     for flag, value in ({"config": name} | defaults).items():
         if vars(args)[flag] is None:
@@ -803,6 +809,8 @@ def read_start(args, here, kind=Config):
     start = Start(Path(path), *evaluate.read_checkpoint(path, kind), resumed)
     if resumed and start.content["stage"] != args.stage:
         raise runtime.UserError(f"{last} is of stage {start.content['stage']}: give stage {args.stage} another --out")
+    if resumed and vars(args).get("model") not in (None, start.content["args"].get("model", "vlmo")):
+        raise runtime.UserError(f"{last} is not of --model {args.model}: give this run another --out")
     return start
 
 
@@ -814,13 +822,18 @@ def train(args, here):
     return run(args, here, STAGES[args.model][args.stage](args, here, config, start), start)
 
 
-def recompute(model):
+def blocks(stage):
+    """Those of the model, and of MoMo's decoders."""
+    return [module for module in stage.modules() if isinstance(module, Block)]
+
+
+def recompute(stage):
     """Activation checkpointing: a block keeps its input alone, and computes the rest once more in the backward pass."""
-    for block in model.blocks:
+    for block in blocks(stage):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def compile_blocks(model, here):
+def compile_blocks(stage, here):
     """Compiles the blocks, or says why not. They share their code: kinds of input × lower, last, fusing × training."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=here.device))
@@ -828,7 +841,7 @@ def compile_blocks(model, here):
         here.print(f"--compile: there is no compiler, the blocks run as they are ({runtime.first_line(error)})")
         return
     torch._dynamo.config.recompile_limit = 64
-    for block in model.blocks:
+    for block in blocks(stage):
         block.compile()
 
 
@@ -850,9 +863,9 @@ def run(args, here, job, start):
     if start:
         start.content.clear()  # a second copy of everything
     if args.recompute:
-        recompute(model)
+        recompute(stage)
     if args.compile:
-        compile_blocks(model, here)
+        compile_blocks(stage, here)
     wrapped = here.wrap(stage, parts=len(job.updates) > 1)
     parameters = [p for p in stage.parameters() if p.requires_grad]
     taken = [group for group, how in job.taken.items() if how in ("taken", "resampled")]
@@ -914,7 +927,7 @@ def run(args, here, job, start):
 
     loaders = {"": loader(args, here, job.samples, done * args.accumulate)}
     if job.beside:
-        loaders["beside: "] = loader(args, here, job.beside, done * args.accumulate)
+        loaders[momo.BESIDE] = loader(args, here, job.beside, done * args.accumulate)
 
     def next_batch():
         batches = {prefix: next(batches) for prefix, batches in loaders.items()}
@@ -931,7 +944,7 @@ def run(args, here, job, start):
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * lr
         stage.progress = step / args.steps
-        parts, found = [next_batch() for _ in range(args.accumulate)], collections.Counter()
+        parts, found, norm = [next_batch() for _ in range(args.accumulate)], collections.Counter(), 0.0
         for update in job.updates:  # one; in MoMo's ablation one a modality
             for part, batch in enumerate(parts, start=1):
                 batch = {name: tensor.to(here.device, non_blocking=True) for name, tensor in batch.items()}
@@ -943,7 +956,7 @@ def run(args, here, job, start):
                     scaler.scale(loss / args.accumulate).backward()
                 found.update({name: value.detach().float() / args.accumulate for name, value in values.items()})
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
+            norm += nn.utils.clip_grad_norm_(parameters, args.clip or math.inf) / len(job.updates)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

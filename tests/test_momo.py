@@ -37,7 +37,7 @@ def pairs_of(config, lengths, seed=0):
 
 
 def texts_of(batch):
-    return {f"beside: {name}": batch[name] for name in ("masked", "labels", "mask")}
+    return {momo.BESIDE + name: batch[name] for name in ("masked", "labels", "mask")}
 
 
 def stage_of(model, modalities=("pair", "text"), aligned=("itc", "itm"), **options):
@@ -79,20 +79,84 @@ def test_the_encoder_computes_visible_rows_alone_and_padding_changes_none():
         assert torch.equal(place[sample][real[sample]], at[0])
 
 
-def test_the_decoder_puts_rows_back_at_their_places():
-    """In whatever order they come: what it says of a position is compared with that position."""
+def plain_decoder(modality, words=0):
+    """A decoder without layers, of which every row says where it stands: words 0 … T, then [I_CLS], then patches."""
+    config = replace(SMALL, dim=64, heads=1)
+    torch.manual_seed(0)
+    model, decoder = VLMo(config).double(), momo.Decoder(config, (1, 64, 1), modality).double()
+    places = torch.eye(64, dtype=torch.double)
+    with torch.no_grad():
+        decoder.enter.weight.zero_(), decoder.enter.bias.zero_(), decoder.mask_token.zero_()
+        decoder.blocks, decoder.norm = torch.nn.ModuleList(), torch.nn.Identity()
+        for position, first in ((decoder.text_position, 0), (decoder.image_position, words)):
+            if position is not None:
+                position.copy_(places[first : first + len(position)])
+        if modality != "image":
+            decoder.words.weight.copy_(places), decoder.words.bias.zero_(), decoder.word_bias.zero_()
+            model.words.weight.copy_(places[: config.vocab_size])
+        if modality != "text":
+            decoder.pixels.weight.copy_(places[:48]), decoder.pixels.bias.zero_()
+    return model, decoder
+
+
+def test_what_the_decoder_says_of_a_place_is_scored_against_that_place():
+    """Its rows name their places, so what comes out for hidden tokens and patches are the numbers of their places."""
+    batch = pairs_of(SMALL, [9, 14, 5])
+    model, decoder = plain_decoder("pair", words=24)
+    pixels, logits = momo.reconstructions(model, decoder, **{name: batch[name] for name in momo.INPUTS["pair"]})
+    assert logits.argmax(1).tolist() == (batch["labels"] != data.IGNORE).nonzero()[:, 1].tolist()
+    assert (pixels.argmax(1) - 25).tolist() == batch["hidden"].nonzero()[:, 1].tolist()  # after [I_CLS], number 24
+    numbered = torch.arange(16).view(1, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(3, 3, 16, 16)
+    wanted = momo.patch_values(numbered, batch["hidden"], False)  # each patch holds its number
+    assert torch.equal(((wanted + 1) * 127.5).round().long()[:, 0], batch["hidden"].nonzero()[:, 1])
+    model, decoder = plain_decoder("image")
+    pixels, _ = momo.reconstructions(model, decoder, batch["image"], batch["hidden"])
+    assert (pixels.argmax(1) - 1).tolist() == batch["hidden"].nonzero()[:, 1].tolist()
+
+
+def test_the_decoder_takes_rows_in_any_order():
     model, batch = model_of(), pairs_of(SMALL, [9, 14, 5])
     decoder = momo.Decoder(SMALL, SHAPE, "pair").double()
     x = torch.cat([model.embed_words(batch["masked"]), model.embed_patches(batch["image"], 1)], dim=1)
     visible = torch.cat([batch["mask"] & (batch["labels"] == -100), torch.ones(3, 1).bool(), ~batch["hidden"]], dim=1)
     mask = torch.cat([batch["mask"], torch.ones(3, 17).bool()], dim=1)
     rows, place, real = momo.encode_visible(model, x, visible)
-    out = decoder(rows, place, real, mask, 24)
     order = torch.randperm(rows.shape[1])
-    torch.testing.assert_close(decoder(rows[:, order], place[:, order], real[:, order], mask, 24), out)
-    numbered = torch.arange(16).view(1, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(3, 3, 16, 16)
-    wanted = momo.patch_values(numbered, batch["hidden"], False)  # each patch holds its number
-    assert torch.equal(((wanted + 1) * 127.5).round().long()[:, 0], batch["hidden"].nonzero()[:, 1])
+    mixed = decoder(rows[:, order], place[:, order], real[:, order], mask, 24)
+    torch.testing.assert_close(mixed, decoder(rows, place, real, mask, 24))
+
+
+@pytest.mark.parametrize("modality", ["image", "text", "pair"])
+def test_a_sample_is_reconstructed_alike_alone_and_in_a_batch(modality):
+    model, batch = model_of(), pairs_of(SMALL, [9, 14, 5])
+    decoder = momo.Decoder(SMALL, SHAPE, modality).double()
+    inputs = {name: batch[name] for name in momo.INPUTS[modality]}
+    together = momo.reconstructions(model, decoder, **inputs)
+    alone = [momo.reconstructions(model, decoder, **{n: x[i : i + 1] for n, x in inputs.items()}) for i in range(3)]
+    for whole, parts in zip(together, zip(*alone)):
+        assert (whole is None) == (parts[0] is None)
+        if whole is not None:
+            torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-10, atol=1e-12)
+
+
+def test_the_first_token_of_an_image_is_visible():
+    model, batch = model_of(), pairs_of(SMALL, [9])
+    decoder = momo.Decoder(SMALL, SHAPE, "image").double()
+    pixels, _ = momo.reconstructions(model, decoder, batch["image"], batch["hidden"])
+    pixels.sum().backward()
+    assert model.image_cls.grad.norm() > 0
+
+
+def test_token_embeddings_are_the_output_weights_too():
+    """Those of hidden tokens, which the encoder does not see, have a gradient from the output alone."""
+    model, batch = model_of(), pairs_of(SMALL, [9, 14, 5])
+    batch["text"] = torch.arange(5, 29).expand(3, -1)
+    batch["labels"] = torch.where(batch["labels"] != data.IGNORE, batch["text"], data.IGNORE)
+    batch["masked"] = torch.full_like(batch["text"], 4)
+    decoder = momo.Decoder(SMALL, SHAPE, "text").double()
+    _, logits = momo.reconstructions(model, decoder, **{name: batch[name] for name in momo.INPUTS["text"]})
+    momo.mlm_loss(logits, batch["labels"]).backward()
+    assert (model.words.weight.grad[40:].norm(dim=1) > 0).all()  # in no text
 
 
 def test_a_normalised_patch_has_mean_0_and_variance_1():
@@ -102,17 +166,31 @@ def test_a_normalised_patch_has_mean_0_and_variance_1():
     torch.testing.assert_close(values.var(1), torch.ones(32), atol=1e-4, rtol=0)
     loss = momo.mim_loss(values + 2, image, hidden, True)
     assert loss.item() == pytest.approx(4, rel=1e-5)
+    batch, modalities = {"image": image.byte(), "hidden": hidden}, ("image",)
+    for normalised in (False, True):  # a stage hands the choice on, to its loss and to what is measured
+        stage = stage_of(model_of(), modalities, (), normalised=normalised).double()
+        wanted = momo.patch_values(batch["image"], hidden, normalised)
+        expected = (stage.pixels(batch) - wanted).square().mean().item()
+        assert stage(batch)["mim"].item() == pytest.approx(expected)
+        views = [([0, 1], batch["image"])]
+        found = momo.masked_pixels(stage, views, "cpu")
+        at = torch.stack([momo.hide_patches(0.75, 16, random.Random(f"mask {i}")) for i in range(2)])
+        wanted, seen = (momo.patch_values(batch["image"], which, normalised) for which in (at, ~at))
+        error = stage.pixels({"image": batch["image"], "hidden": at}) - wanted
+        guess = seen.unflatten(0, (2, 4)).mean(1).repeat_interleave(12, 0) - wanted
+        expected = {"error": error.square().mean().item(), "mean patch's error": guess.square().mean().item()}
+        assert found == pytest.approx(expected | {"masked patches": 24})
 
 
 def test_masks_have_exact_counts():
     tokenizer = data.train_tokenizer(data.Shapes("train", 0).corpus(), 300)
-    for share in (momo.TEXT, momo.PAIR):
-        words = momo.HiddenWords(tokenizer, 24, share)
+    for ratio in (0.15, 0.75):
+        words = momo.HiddenWords(tokenizer, 24, ratio)
         for seed, caption in enumerate(["", "red", "a small red circle above a large blue square"]):
             ids, mask = words.encode(caption)
             masked, labels = words.mask_words(ids, random.Random(seed))
             tokens, hidden = int(mask.sum()) - 2, labels != data.IGNORE
-            assert hidden.sum() == (max(1, round(share * tokens)) if tokens else 0) and not hidden[0]
+            assert hidden.sum() == (max(1, round(ratio * tokens)) if tokens else 0) and not hidden[0]
             assert torch.equal(labels[hidden], ids[hidden]) and torch.equal(masked[~hidden], ids[~hidden])
             assert (masked[hidden] == words.mask).all() and not hidden[ids == words.sep].any()
     assert all(momo.hide_patches(0.75, 196, random.Random(seed)).sum() == 147 for seed in range(20))
@@ -123,7 +201,7 @@ def test_gradients_of_both_modalities_add_up(modalities):
     """CMGA: one pass on both has the sum of the gradients of each alone."""
     aligned = ("itc", "itm") if "pair" in modalities else ()
     stage, batch = stage_of(model_of(), modalities, aligned).double(), pairs_of(SMALL, [9, 3, 14, 6])
-    batch |= {f"beside: {name}": tensor for name, tensor in pairs_of(SMALL, [12, 24, 7, 20], seed=1).items()}
+    batch |= {momo.BESIDE + name: tensor for name, tensor in pairs_of(SMALL, [12, 24, 7, 20], seed=1).items()}
 
     def gradients(*update):
         torch.manual_seed(3)  # the same negatives
@@ -137,6 +215,16 @@ def test_gradients_of_both_modalities_add_up(modalities):
         torch.testing.assert_close(first[name] + second[name], grad, rtol=1e-9, atol=1e-12)
     shared = "model.blocks.0.attention.query.shared.weight"
     assert first[shared].norm() > 0 and second[shared].norm() > 0
+
+
+@pytest.mark.parametrize("modalities", [("image",), ("text",), ("text", "image"), ("pair",), ("pair", "text")])
+def test_every_trainable_parameter_of_a_stage_gets_a_gradient(modalities):
+    aligned = ("itc", "itm") if "pair" in modalities else ()
+    stage, batch = stage_of(model_of(), modalities, aligned).double(), pairs_of(SMALL, [9, 24, 14, 6])
+    values = stage(batch | {momo.BESIDE + name: tensor for name, tensor in pairs_of(SMALL, [24, 7, 9, 5], 1).items()})
+    sum(values[name] for name in stage.weights).backward()
+    silent = [name for name, p in stage.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not silent
 
 
 def losses_and_gradient(part, parts):
@@ -198,6 +286,7 @@ def test_the_stages_train_one_from_another_and_serve_the_tasks(small_world, tmp_
     first, last = ({stage: metrics(folder)[row] for stage, folder in out.items()} for row in (0, -1))
     assert "mim" in first["image"] and {"mim", "mlm", "texts_per_s"} <= first["text"].keys()
     assert {"cmm mim", "cmm mlm", "mlm", "itc", "itm", "pairs_per_s"} <= first["vl"].keys()
+    assert {"perplexity", "accuracy"} <= last["vl"].keys()  # of text
     assert {"error", "mean patch's error"} <= last["image"].keys() and {"error", "perplexity"} <= last["text"].keys()
     model = runtime.load(out["vl"] / "last.pt")["model"]
     assert not any(name.startswith("mlm_head") for name in model)  # its place is the decoders', which stay behind
@@ -208,6 +297,46 @@ def test_the_stages_train_one_from_another_and_serve_the_tasks(small_world, tmp_
         run = ["--task", task, "--init", out["vl"] / "last.pt", "--batch-size", 8, "--epochs", 0.005, *flags]
         call(monkeypatch, finetune, *run, "--out", tmp_path / task)
         assert "accuracy" in metrics(tmp_path / task)[-1]
+
+
+def test_a_stage_is_set_up_as_the_paper_says(small_world, tmp_path, monkeypatch):
+    """Masking ratios of what the loaders give, weights of the losses, optimizer, lengths of text, batch."""
+    jobs = []
+    monkeypatch.setattr(train, "run", lambda args, here, job, start: jobs.append(job))
+    for stage in momo.MODALITIES:
+        call(monkeypatch, train, *BRIEF, "--stage", stage, "--out", tmp_path)
+    for job in jobs:
+        modalities = list(job.stage.head)
+        assert set(job.stage.weights.values()) == {1.0} and job.optimizer == ((0.9, 0.95), 0.05, "cosine")
+        for modality, samples in zip(modalities, filter(None, (job.samples, job.beside))):
+            sample = samples[0, 0]
+            if modality != "text":
+                assert int(sample["hidden"].sum()) == 3  # of 4 patches
+            if modality != "image":
+                hidden, tokens = (sample["labels"] != data.IGNORE).sum(), sample["mask"].sum() - 2
+                assert hidden == max(1, round({"text": 0.15, "pair": 0.75}[modality] * int(tokens)))
+    assert [len(job.stage.head) for job in jobs] == [1, 2, 2] and momo.RATIO["image"] == 0.75
+    recipes = [train.recipe(stage, "base", "momo") for stage in momo.MODALITIES]
+    assert [recipe["max_text_len"] for recipe in recipes] == [40, 196, 40]
+    assert [recipe["batch_size"] for recipe in recipes] == [64 * 64] * 3
+
+
+def test_text_has_its_own_length_after_stage_image_and_keeps_it(tmp_path, monkeypatch):
+    """A checkpoint without text says nothing of the length of texts."""
+    args = lambda *flags: call_parse(monkeypatch, *flags)
+    start = lambda stage, length, text: train.Start(
+        tmp_path, {"stage": stage, "args": {"config": "base", "model": "momo"}},
+        replace(CONFIGS["base"], experts="shared", max_text_len=length), text, False,
+    )  # fmt: skip
+    here = runtime.Runtime()
+    assert train.resolve(args("--stage", "text"), here, start("image", 40, None)).max_text_len == 196
+    assert train.resolve(args("--stage", "vl"), here, start("text", 196, "words")).max_text_len == 196
+    assert train.resolve(args("--stage", "image", "--model", "momo", "--config", "base"), here, None).drop_path == 0
+
+
+def call_parse(monkeypatch, *flags):
+    monkeypatch.setattr("sys.argv", ["train.py", *flags])
+    return train.parse()
 
 
 @pytest.mark.parametrize("flags", [["--stage", "text"], ["--stage", "vl", "--no-cmga", "--normalise-pixels"]])
@@ -235,8 +364,11 @@ def test_momo_resumes_bit_for_bit(flags, small_world, tmp_path, monkeypatch):
     "flags, says",
     [
         (["--stage", "dvae"], "--model momo has no stage dvae"), (["--mlm-weight", 1], "--mlm-weight is not of"),
-        (["--experts", "mome"], "it needs --experts shared"), (["--position", "relative"], "--position absolute"),
-        (["--stage", "text", "--texts", "no.txt"], "no.txt: no such file"),
+        (["--experts", "mome"], "it needs experts shared"), (["--position", "relative"], "it needs position absolute"),
+        (["--stage", "text", "--texts", "no.txt"], "--data and --texts: name both"),
+        (["--stage", "text", "--no-simultaneous", "--texts", "no.txt"], "^no.txt: no such file"),
+        (["--stage", "text", "--max-text-len", 2], "--max-text-len must be at least 3"),
+        (["--stage", "image", "--image-size", 8, "--patch-size", 8], "it needs more than one"),
         (["--model", "vlmo", "--no-cmga"], "--no-cmga is not of"),
         (["--stage", "image", "--no-cmga"], "--no-cmga is of stage text and vl, not of image"),
         (["--stage", "text", "--no-simultaneous", "--no-cmga"], "--no-cmga: this run has nothing"),
