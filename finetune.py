@@ -40,7 +40,7 @@ TINY = {  # what suits the tiny model in the built-in world: its ITM leaves a sa
     "nlvr2": {"epochs": 0.16, "lr": 2.5e-4, "fresh_pooler": True},
     "retrieval": {"epochs": 0.32, "lr": 2.5e-4},
     "classify": {"epochs": 0.64, "lr": 2.5e-4},
-    "probe": {"epochs": 0.64, "lr": 0.1},
+    "probe": {"epochs": 0.64, "lr": 1e-2},
 }
 TINY["flickr30k"] = TINY["retrieval"]
 
@@ -150,6 +150,8 @@ def set_up_choice(args, here, config, start):
     numbers = {choice: k for k, choice in enumerate(choices)}
     target, augment = lambda sample: task.target(sample, numbers), train.augmentation(args, task.augment)
     samples = data.Examples(sources["train"], words, target, config.image_size, args.seed, augment, args.flip)
+    if args.linear_probe and not same:
+        standardise(stage, samples, train.loader(args, here, samples, 0), here.device)
     measure = lambda split: evaluation(stage.task, sources[split], words, choices, here.device)[0]
     tokenizer = words.tokenizer if words else start and start.tokenizer
     splits, note, kept = train.measured(sources), f", {len(choices)} choices", {"choices": choices}
@@ -157,6 +159,24 @@ def set_up_choice(args, here, config, start):
     return train.Job(
         stage, samples, task.unit, config, tokenizer, taken, splits, measure, note, kept, best=best, factor=factor
     )
+
+
+@torch.no_grad()
+def standardise(stage, samples, batches, device):
+    """The features of a linear probe get mean 0 and variance 1 over about 4,096 pictures of all processes, which in MAE
+    a BatchNorm does."""
+    stage.to(device).eval()
+    unreadable, sums = train.Unreadable(len(samples)), 0.0
+    for batch in batches:
+        unreadable.check(batch)
+        x = stage.task.features({"image": batch["image"].to(device)}).double()  # (b, D)
+        sums = sums + torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
+        count, total, squares = losses.gather(sums[None]).sum(0)  # (D,) each
+        if count[0] >= 4096:
+            break
+    mean = total / count
+    stage.head[0].mean.copy_(mean)
+    stage.head[0].deviation.copy_((squares / count - mean.square()).clamp(min=1e-12).sqrt())
 
 
 def read_splits(args, image_size):

@@ -375,11 +375,29 @@ class Classifier(nn.Module):
 
     def __init__(self, model, classes):
         super().__init__()
-        self.model, self.head = model, initialise(nn.Linear(model.config.dim, classes), model.config)
+        D = model.config.dim
+        self.model = model
+        self.head = nn.Sequential(Standardise(D), initialise(nn.Linear(D, classes), model.config))
+
+    def features(self, batch):
+        """batch: image (B, 3, S, S) → (B, D)."""
+        return self.model.encode_image(batch["image"])[:, 1:].mean(1)
 
     def forward(self, batch):
         """batch: image (B, 3, S, S) → logits (B, C)."""
-        return self.head(self.model.encode_image(batch["image"])[:, 1:].mean(1))
+        return self.head(self.features(batch))
+
+
+class Standardise(nn.Module):
+    """(x − mean) / deviation, of each feature: numbers that are given once; 0 and 1 until then."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("deviation", torch.ones(features))
+
+    def forward(self, x):
+        return (x - self.mean) / self.deviation
 
 
 def unit(x):

@@ -834,7 +834,11 @@ def test_data_of_another_kind_is_refused(tmp_path):
     (tmp_path / "c").mkdir()
     with pytest.raises(data.DataError, match="no pictures in split train"):
         data.read_sources([tmp_path / "c"], "train", 8, captions=False)
-    for name, says in (("b.png", "takes plain text"), ("c", r"no \*.txt below"), ("absent", "no such file or folder")):
+    for name, says in (
+        ("b.png", "plain text is wanted here"),
+        ("c", r"no \*.txt below"),
+        ("absent", "no such file or folder"),
+    ):
         with pytest.raises(data.DataError, match=says):
             data.text_files([tmp_path / name])
     (tmp_path / "d.txt").write_bytes(b"\xff\xfe\xff")

@@ -10,8 +10,10 @@ from test_train import call, command, main_of, metrics, pictures, refused
 import data
 import evaluate
 import finetune
+import losses
 import runtime
 import train
+from mome import CONFIGS, VLMo
 
 SMALL = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8 --batch-size 8 --warmup 1 --steps 2".split()
 BRIEF = ["--batch-size", "8", "--log-every", "5"]
@@ -117,7 +119,8 @@ def test_what_a_task_reads_learns_and_nothing_else(start, small_world, tmp_path,
         call(monkeypatch, finetune, *run, "--out", tmp_path / task)
         if task in ("classify", "probe"):
             head = runtime.load(tmp_path / task / "last.pt")["head"]
-            assert head["bias"].abs().max() > 0  # it started at zero
+            assert head["1.bias"].abs().max() > 0  # it started at zero
+            assert bool((head["0.deviation"] == 1).all()) == (task == "classify")  # of the features
         after = runtime.load(tmp_path / task / "last.pt")["model"]
         moved[task] = {train.weights.group(key) for key in after if not torch.equal(after[key], before[key])}
         if task == "nlvr2":  # the tiny model's pooler starts anew
@@ -157,20 +160,41 @@ def test_two_processes_fine_tune_as_one(start, processes, tmp_path, monkeypatch)
             assert all(torch.allclose(one[part][key], two[part][key], atol=1e-5) for key in one[part])
 
 
+def standardised():
+    """Numbers of a linear probe from this process's part of eight pictures, and the features of all, standardised."""
+    torch.manual_seed(0)
+    task = evaluate.Classifier(VLMo(CONFIGS["tiny"]), 3)
+    stage = finetune.TaskStage(task, None, linear_probe=True)
+    image = torch.randint(0, 256, (8, 3, 48, 48), generator=torch.Generator().manual_seed(1)).byte()
+    own = image.chunk(losses.world())[losses.rank()]
+    finetune.standardise(stage, range(8), [{"image": part, "unreadable": []} for part in own.split(2)], "cpu")
+    with torch.no_grad():
+        features = task.head[0](task.features({"image": image}))
+    return torch.cat([task.head[0].mean[None], task.head[0].deviation[None], features])
+
+
+def test_features_of_a_linear_probe_have_mean_0_and_variance_1(processes):
+    found = standardised()
+    torch.testing.assert_close(found[2:].mean(0), torch.zeros(128), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found[2:].var(0, correction=0), torch.ones(128), atol=1e-3, rtol=0)
+    for other in processes(2, standardised):
+        torch.testing.assert_close(other, found, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_measured_at_the_end_is_the_best(start, small_world, tmp_path, monkeypatch):
     """Accuracies 10, 30, 20: the checkpoint of the second measurement is kept, and measured on test."""
     given, seen = iter([10.0, 30.0, 20.0, 0.0]), []
 
     def measured(task, *rest):
-        seen.append(task.head.weight.clone())
+        seen.append(task.head[1].weight.clone())
         return {"accuracy": next(given)}, None
 
     monkeypatch.setitem(evaluate.TASKS, "classify", (evaluate.Classifier, measured))
     run = ["--task", "classify", "--init", start, *BRIEF, *epochs("classify", 3), "--eval-every", 1]
     call(monkeypatch, finetune, *run, "--out", tmp_path)
     best, last = runtime.load(tmp_path / "best.pt"), runtime.load(tmp_path / "last.pt")
-    assert best["step"] == 2 and torch.equal(best["head"]["weight"], seen[1]) and torch.equal(seen[3], seen[1])
-    assert torch.equal(last["head"]["weight"], seen[2]) and not torch.equal(seen[2], seen[1])
+    assert best["step"] == 2 and torch.equal(best["head"]["1.weight"], seen[1]) and torch.equal(seen[3], seen[1])
+    assert torch.equal(last["head"]["1.weight"], seen[2]) and not torch.equal(seen[2], seen[1])
 
 
 def test_random_weights_can_be_fine_tuned(small_world, tmp_path, monkeypatch):
