@@ -343,6 +343,7 @@ def bench_visible(args, name, amp):
         all_kept, kept = (saved(lambda seen=seen: encode(seen), model) for seen in sides.values())
         found.append({
             "config": name, "amp": amp, "batch": b, "rows of": modality,
+            "active parameters, M": sum(p.numel() for p in momo.active(model)[modality]) / 1e6,
             "all, s": statistics.median(seconds["all"]), "visible, s": statistics.median(seconds["visible"]),
             "time, visible / all": statistics.median(v / a for v, a in zip(seconds["visible"], seconds["all"])),
             "activations of all, MB": all_kept / 1e6, "activations, visible / all": kept / all_kept,
