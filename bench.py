@@ -9,6 +9,7 @@ Shape letters as in losses.py.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,7 @@ import losses
 import momo
 import runtime
 import train
-from mome import CONFIGS, VLMo, unit
+from mome import CONFIGS, Router, VLMo, unit
 
 ALL = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}
 
@@ -96,7 +97,8 @@ class Textbook(nn.Module):
             bias = list(model._relative_bias(kind, T, None))
         for block, layer_bias in zip(model.blocks, bias):
             x = x + block.attention_branch(attention(block.attention, block.norm(x), kind, T, keys, layer_bias))
-            x = x + block.expert_branch(block.experts(x, kind, T))
+            experts = {name: feed_forward(expert) for name, expert in block.experts.items()}
+            x = x + block.expert_branch(Router.forward(experts, x, kind, T))
         return model.norm(x)
 
 
@@ -110,13 +112,17 @@ def attention(layer, x, kind, T, keys, bias):
     return layer.out((scores @ v).transpose(1, 2).flatten(2), kind, T)
 
 
+def feed_forward(expert):
+    """FC2(GELU(FC1(LN(x)))), as it is written."""
+    return lambda x: expert.fc2(F.gelu(expert.fc1(expert.norm(x))))
+
+
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def configuration(name, image_size=None, experts="mome"):
+def configuration(name, image_size=None):
     """The Config of this name, at another resolution if one is given, without drop-path."""
-    size = image_size or CONFIGS[name].image_size
-    return dataclasses.replace(CONFIGS[name], image_size=size, experts=experts, drop_path=0.0)
+    return dataclasses.replace(CONFIGS[name], image_size=image_size or CONFIGS[name].image_size, drop_path=0.0)
 
 
 def pairs(config, b, device):
@@ -135,16 +141,24 @@ def pairs(config, b, device):
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
+def documents(config, b, device):
+    """b rows of running text, as the loaders pack it: every one full."""
+    text = torch.randint(5, config.vocab_size, (b, config.max_text_len), generator=torch.Generator().manual_seed(1))
+    return {"text": text.to(device), "mask": torch.ones_like(text, dtype=torch.bool, device=device)}
+
+
 def hide(batch, config, modality):
     """The batch as MoMo's loaders give it: tokens and patches are hidden at this modality's ratio."""
     rng, labels = random.Random(0), torch.full_like(batch["text"], data.IGNORE)
     for row, length in enumerate(batch["mask"].sum(1).tolist()):
         at = momo.hide(momo.RATIO[modality], rng, range(1, length - 1))
         labels[row, at] = batch["text"][row, at]
-    patches = (config.image_size // config.patch_size) ** 2
-    hidden = torch.stack([momo.hide_patches(momo.RATIO[modality], patches, rng) for _ in labels])
-    masked = batch["text"].masked_fill(labels != data.IGNORE, 4)
-    return batch | {"masked": masked, "labels": labels, "hidden": hidden.to(labels.device)}
+    batch = batch | {"masked": batch["text"].masked_fill(labels != data.IGNORE, 4), "labels": labels}
+    if modality == "pair":
+        patches = (config.image_size // config.patch_size) ** 2
+        hidden = torch.stack([momo.hide_patches(momo.RATIO[modality], patches, rng) for _ in labels])
+        batch["hidden"] = hidden.to(labels.device)
+    return batch
 
 
 class Side:
@@ -153,12 +167,15 @@ class Side:
     def __init__(self, kind, name, image_size, b, here):
         """kind: "textbook", "here", "MoMo", …; name: of a Config."""
         torch.manual_seed(0)
-        config = configuration(name, image_size, "shared" if kind == "MoMo" else "mome")
+        config = configuration(name, image_size)
+        if kind == "MoMo":
+            length = train.recipe("text", name, "momo")["max_text_len"]
+            config = dataclasses.replace(config, experts="shared", max_text_len=length)
         model, self.here, self.batch = VLMo(config), here, pairs(config, b, here.device)
         if kind == "MoMo":
             aligned = train.VisionLanguageStage(model, {"itc": 1.0, "itm": 1.0})
             self.stage = momo.Stage(model, momo.MODALITIES["vl"], momo.DECODERS[name], aligned)
-            beside = hide(self.batch, config, "text")
+            beside = hide(documents(config, b, here.device), config, "text")
             self.batch = hide(self.batch, config, "pair") | {momo.BESIDE + key: beside[key] for key in beside}
         else:
             self.stage = (Textbook if kind == "textbook" else train.VisionLanguageStage)(model, ALL)
@@ -169,6 +186,7 @@ class Side:
             train.compile_blocks(self.stage, here)
         self.optimizer = runtime.optimizer(self.stage, 0.01, (0.9, 0.98))
         self.parameters = sum(p.numel() for p in self.stage.parameters() if p.requires_grad)
+        self.frozen = sum(p.numel() for p in self.stage.parameters() if not p.requires_grad)
 
     def step(self):
         with self.here.autocast():
@@ -225,22 +243,22 @@ def matmul_peak(here):
     return best
 
 
-def step_memory(out, kind, name, image_size, b, amp):
-    """In a process of its own: bytes that a step needs at its peak above parameters and optimizer state."""
+def step_memory(kind, name, image_size, b, amp):
+    """Bytes that a step needs at its peak above parameters and optimizer state."""
     here = runtime.Runtime(amp)
     before = in_use(here.device)
     side = Side(kind, name, image_size, b, here)
     side.step()  # the optimizer's state is there from now on
-    held = 12 * side.parameters  # fp32: the parameters, and AdamW's two averages
-    out.put(peak(side.step, here.device) - before - held)
+    held = 12 * side.parameters + 4 * side.frozen  # fp32: the parameters, and AdamW's two averages
+    return peak(side.step, here.device) - before - held
 
 
-def ranking_memory(out, device):
-    """In a process of its own: bytes above the features that ranking a thousand images and a million texts needs."""
+def ranking_memory(device):
+    """Bytes above the features that ranking a thousand images and a million texts needs."""
     image, text = torch.randn(1000, 768, device=device), torch.randn(1_000_000, 768, device=device)
     relevant = torch.stack([torch.arange(len(text)) % 1000, torch.arange(len(text))]).to(device)
     before = in_use(device)
-    out.put(peak(lambda: rank(image, text, relevant), device) - before)
+    return peak(lambda: rank(image, text, relevant), device) - before
 
 
 def in_use(device):
@@ -265,14 +283,24 @@ def resident(name):
     return 1024 * int(line.split()[1])
 
 
+class Failed(Exception):
+    """A measurement that did not end well: it ran out of memory, say."""
+
+
 def in_a_process(measure, *arguments):
-    """What measure(out, *arguments) puts into out, or None where its process failed: out of memory, say."""
+    """measure(*arguments) in a process of its own, whose memory starts empty. Failed where it fails."""
     spawned = torch.multiprocessing.get_context("spawn")
     out = spawned.SimpleQueue()
-    child = spawned.Process(target=measure, args=(out, *arguments))
+    child = spawned.Process(target=put, args=(out, measure, arguments))
     child.start()
     child.join()
-    return out.get() if child.exitcode == 0 else None
+    if child.exitcode:
+        raise Failed(f"exit code {child.exitcode}")
+    return out.get()
+
+
+def put(out, measure, arguments):
+    out.put(measure(*arguments))
 
 
 # ---- The tables ------------------------------------------------------------------------------------------------------
@@ -281,13 +309,10 @@ def in_a_process(measure, *arguments):
 def bench_step(args, kinds, name, amp, b):
     """Rows of a step's numbers, one for each kind of Side; ratios are to the first."""
     of = (name, args.image_size, b, amp)
-    measured = in_a_process(step_times, kinds, *of, args.repeats)
-    if measured is None:
-        return [{"config": name, "batch": b, "amp": amp, "side": "did not fit into memory"}]
-    seconds, counted, parameters, best, rows = *measured, []
+    seconds, counted, parameters, best = in_a_process(step_times, kinds, *of, args.repeats)
+    rows = []
     for kind in kinds:
         (work, kernels), median = counted[kind], statistics.median(seconds[kind])
-        used = in_a_process(step_memory, kind, *of)
         rows.append({
             "config": name, "batch": b, "amp": amp, "side": kind,
             "pairs/s": b / median,
@@ -296,30 +321,29 @@ def bench_step(args, kinds, name, amp, b):
             "parameters, M": parameters[kind] / 1e6,
             "TFLOP a step": work / 1e12,
             "of peak": work / median / best,
-            "memory, MB": used and used / 1e6,
+            "memory, MB": in_a_process(step_memory, kind, *of) / 1e6,
             "attention": kernels,
             "days for 204.8 M pairs": PAPER_PAIRS * median / b / 86_400,
         })  # fmt: skip
     return rows
 
 
-def step_times(out, kinds, name, image_size, b, amp, repeats):
-    """In a process of its own, for each kind: [seconds a step], what inspect() says, parameters; and the best rate of
-    matrix products."""
+def step_times(kinds, name, image_size, b, amp, repeats):
+    """For each kind: [seconds a step], what inspect() says, parameters; and the best rate of matrix products."""
     here = runtime.Runtime(amp)
     sides = {kind: Side(kind, name, image_size, b, here) for kind in kinds}
     counted = {kind: sides["here" if "compiled" in kind else kind].inspect() for kind in kinds}  # compiled code hides
     seconds = alternate({kind: side.step for kind, side in sides.items()}, repeats, here.device)
-    out.put((seconds, counted, {kind: side.parameters for kind, side in sides.items()}, matmul_peak(here)))
+    return seconds, counted, {kind: side.parameters for kind, side in sides.items()}, matmul_peak(here)
 
 
 PAPER_PAIRS = 200_000 * 1024  # steps × batch of the paper's base model (Section 4.1)
 
 
 def bench_visible(args, name, amp):
-    """MoMo's encoder, forward and backward, on all rows and on the visible quarter of images, and of pairs."""
+    """Rows of MoMo's encoder, forward and backward, on all rows and on the visible quarter of images, and of pairs."""
     here, b = runtime.Runtime(amp), args.batch_size[0]
-    config = configuration(name, args.image_size, "shared")
+    config = dataclasses.replace(configuration(name, args.image_size), experts="shared")
     torch.manual_seed(0)
     model, batch = VLMo(config).to(here.device), hide(pairs(config, b, here.device), config, "pair")
     patches = F.pad(~batch["hidden"], (1, 0), value=True)
@@ -410,7 +434,7 @@ def traffic(world, mean, most):
 
 
 def bench_retrieval(args, name, amp):
-    """Encoding of pictures with five captions each, and ranking as many as COCO 5K has."""
+    """A row of encoding pictures with five captions each, and ranking as many as COCO 5K has."""
     here = runtime.Runtime(amp)
     config = configuration(name, args.image_size)
     torch.manual_seed(0)
@@ -436,13 +460,12 @@ def bench_retrieval(args, name, amp):
     image, text = torch.randn(5000, 768, device=here.device), torch.randn(25_010, 768, device=here.device)
     relevant = torch.stack([torch.arange(25_010) % 5000, torch.arange(25_010)]).to(here.device)
     ranking = statistics.median(alternate({"": lambda: rank(image, text, relevant)}, 3, here.device)[""])
-    beyond = in_a_process(ranking_memory, here.device)
-    return {
+    return [{
         "config": name, "amp": amp, "pictures with 5 captions encoded/s": 16 / statistics.median(seconds["here"]),
         "× textbook": statistics.median(a / b for a, b in zip(seconds["textbook"], seconds["here"])),
         "5,000 × 25,010 ranked, s": ranking,
-        "1,000 × 1,000,000 above the features, MB": beyond and beyond / 1e6,
-    }  # fmt: skip
+        "1,000 × 1,000,000 above the features, MB": in_a_process(ranking_memory, here.device) / 1e6,
+    }]  # fmt: skip
 
 
 def rank(image, text, relevant):
@@ -478,30 +501,39 @@ def main():
     )
     parser.add_argument("--out", metavar="FILE", help="the numbers as JSON")
     args = parser.parse_args()
+    if min(args.repeats, *args.batch_size) < 1 or min(args.processes, default=2) < 2:
+        raise runtime.UserError("--repeats and --batch-size must be at least 1, --processes at least 2")
+    for name in args.config:
+        configuration(name, args.image_size)
     device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, medians of {args.repeats}\n")
     found = {"device": device, "torch": torch.__version__}
     kinds = ["textbook", "here", "here, recomputed"] + ["here, compiled"] * args.compile
 
-    def show(title, rows):
-        """Prints a table as soon as it is measured, and keeps it."""
+    def show(title, measure):
+        """Prints a table as soon as its rows are measured, and keeps it."""
+        try:
+            rows = measure()
+        except Failed as failed:
+            rows = [{"config": name, "amp": amp, "failed": str(failed)}]
         found[title] = found.get(title, []) + rows
         print(table(title, rows), flush=True)
         if args.out:
             runtime.write(args.out, lambda file: file.write(json.dumps(found, indent=1).encode()))
 
-    show("sent by a process for the negatives of 16 pairs, MB", [
-        *(bench_exchange(world) for world in args.processes),
-        *(traffic(world, None, None) for world in (64, 1024)),  # not measured: the bounds
-    ])  # fmt: skip
-    for name in args.config:
-        for amp in args.amp:
-            show("retrieval", [bench_retrieval(args, name, amp)])
-            show("MoMo's encoder, forward and backward", bench_visible(args, name, amp))
-            for b in args.batch_size:
-                show("a step of stage vl", bench_step(args, kinds, name, amp, b))
-            show("a step of VLMo and of MoMo", bench_step(args, ["here", "MoMo"], name, amp, args.batch_size[0]))
+    def negatives():
+        worlds = (64, 1024)  # too many to start: the bounds alone
+        return [*map(bench_exchange, args.processes), *(traffic(world, None, None) for world in worlds)]
+
+    show("sent by a process for the negatives of 16 pairs, MB", negatives)
+    for name, amp in itertools.product(args.config, args.amp):
+        show("retrieval", lambda: in_a_process(bench_retrieval, args, name, amp))
+        show("MoMo's encoder, forward and backward", lambda: in_a_process(bench_visible, args, name, amp))
+        for b in args.batch_size:
+            show("a step of stage vl", lambda: bench_step(args, kinds, name, amp, b))
+        pair = ["here", "MoMo"]
+        show("a step of VLMo and of MoMo", lambda: bench_step(args, pair, name, amp, args.batch_size[0]))
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    runtime.run(main, ValueError)  # of a Config
