@@ -178,12 +178,12 @@ def resize(image, size):
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
-def random_resized_crop(image, size, rng, area=(0.5, 1.0), aspect=(3 / 4, 4 / 3)):
+def random_resized_crop(image, size, rng):
     """A crop of 50–100 % of the area and of 3:4 to 4:3, resized to a square."""
     width, height = image.size
     for _ in range(10):
-        target = rng.uniform(*area) * width * height
-        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        target = rng.uniform(0.5, 1) * width * height
+        ratio = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             x, y = rng.randint(0, width - w), rng.randint(0, height - h)
@@ -210,10 +210,10 @@ OPERATIONS = {  # of RandAugment, as (image, level 0 … 1, sign ±1): those tha
 }
 
 
-def rand_augment(image, rng, count=2, magnitude=7):
-    """RandAugment(2, 7): `count` operations, drawn with replacement, at `magnitude` tenths."""
-    for operation in rng.choices(list(OPERATIONS.values()), k=count):
-        image = operation(image, magnitude / 10, rng.choice((-1, 1)))
+def rand_augment(image, rng):
+    """RandAugment(2, 7): two operations, drawn with replacement, at magnitude 7 of 10."""
+    for operation in rng.choices(list(OPERATIONS.values()), k=2):
+        image = operation(image, 0.7, rng.choice((-1, 1)))
     return image
 
 
@@ -408,14 +408,14 @@ def refuse_missing(source, split):
         raise DataError(f"{len(missing)} of the {len(paths)} images of split {split} are missing: {names}")
 
 
-def read_sources(data, split, image_size, seed=0, needed=True, captions=True):
+def read_sources(data, split, image_size, needed=True, captions=True):
     """The source that --data names: "shapes", or one or more folders. DataError before any work if files are missing.
 
     needed: every folder must have the split; else the source is that of those that do, or None if none does.
     captions: False takes folders of images, too, where no file says what they show.
     """
     if list(data) == ["shapes"]:
-        return Shapes(split, image_size, seed)
+        return Shapes(split, image_size)
     records, by_text, named = [], True, "train.jsonl, dataset_coco.json or dataset_flickr30k.json"
     for folder in data:
         if Path(folder).is_file():
@@ -588,7 +588,7 @@ def read_classes(folder, split):
     yield from ((path, Path(path).parent.name) for path, _, _ in find_images(folder, split))
 
 
-def read_task(task, data, split, image_size, seed=0):
+def read_task(task, data, split, image_size):
     """The source of task "vqa", "nlvr2" or "classify" that --data names: "shapes", or one folder. DataError before any
     work if files are missing; Absent if there is no such split."""
     kind, read, world = {
@@ -597,7 +597,7 @@ def read_task(task, data, split, image_size, seed=0):
         "classify": (Labelled, read_classes, ShapesClasses),
     }[task]
     if list(data) == ["shapes"]:
-        return world(split, image_size, seed)
+        return world(split, image_size)
     if len(data) > 1:
         raise DataError(f"--data {' '.join(map(str, data))}: task {task} takes one folder")
     if not Path(data[0]).is_dir():
@@ -646,11 +646,11 @@ def normalise(answer):
     return " ".join(APOSTROPHES.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
-def answer_vocabulary(majorities, least=9):
+def answer_vocabulary(majorities):
     """The answers that a model chooses from: the normalised majority answers that come at least 9 times, as they come;
     those of train2014 and val2014 are the usual 3,129."""
     counts = collections.Counter(map(normalise, majorities))
-    return [answer for answer, count in counts.items() if count >= least]
+    return [answer for answer, count in counts.items() if count >= 9]
 
 
 def released_answers(folder):
@@ -992,8 +992,12 @@ class Images(Dataset):
         i, image, unreadable = self.read(key[1])
         if image is None:
             return {"unreadable": unreadable}
-        sample = {"image": self.view(image, rng), "unreadable": unreadable}
+        sample = self.sample(i, image, rng) | {"unreadable": unreadable}
         return sample | {"hidden": self.hide(rng)} if self.hide else sample
+
+    def sample(self, i, image, rng):
+        """What a sample has beside hidden and unreadable."""
+        return {"image": self.view(image, rng)}
 
     def read(self, index):
         """→ number of the sample, its picture or None, unreadable files. Not an error: a loader worker's is a
@@ -1019,19 +1023,14 @@ class Pairs(Images):
         super().__init__(source, image_size, seed, augmentation, flip, hide)
         self.words = words
 
-    def __getitem__(self, key):
-        rng = random.Random(f"{self.seed} {key[0]} {key[1]}")
-        i, image, unreadable = self.read(key[1])
-        if image is None:
-            return {"unreadable": unreadable}
+    def sample(self, i, image, rng):
         picture = self.source[i]
         caption = rng.choice(picture.captions)
         text, mask = self.words.encode(caption)
         masked, labels = self.words.mask_words(text, rng)
         ids = torch.tensor([stable_hash(picture.item), stable_hash(caption)])
-        sample = {"image": self.view(image, rng), "text": text, "mask": mask, "masked": masked, "labels": labels,
-                  "ids": ids, "unreadable": unreadable}  # fmt: skip
-        return sample | {"hidden": self.hide(rng)} if self.hide else sample
+        image = self.view(image, rng)
+        return {"image": image, "text": text, "mask": mask, "masked": masked, "labels": labels, "ids": ids}
 
 
 class Examples(Images):
@@ -1042,12 +1041,8 @@ class Examples(Images):
         super().__init__(source, image_size, seed, augmentation, flip)
         self.words, self.target = words, target
 
-    def __getitem__(self, key):
-        rng = random.Random(f"{self.seed} {key[0]} {key[1]}")
-        i, image, unreadable = self.read(key[1])
-        if image is None:
-            return {"unreadable": unreadable}
-        sample = {"image": self.view(image, rng), "unreadable": unreadable, "target": self.target(self.source[i])}
+    def sample(self, i, image, rng):
+        sample = {"image": self.view(image, rng), "target": self.target(self.source[i])}
         if self.words:
             sample["text"], sample["mask"] = self.words.encode(self.source[i].text)
         return sample
