@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import data
 import losses
+import momo
 import runtime
 import weights
 from dvae import codebook_use
@@ -326,6 +327,29 @@ def masked_patches(model, head, dvae, source, device):
 
 
 @torch.no_grad()
+def masked_pixels(stage, source, device):
+    """MoMo's stages image and text on the pictures of a source (10,000 at most), a mask each: the mean squared error of
+    hidden patches, in the units of training, and that of guessing the mean of a picture's visible ones. The same
+    numbers for any number of processes."""
+    stage.eval()
+    config, found = stage.model.config, torch.zeros(3, dtype=torch.float64, device=device)
+    patches, ratio = (config.image_size // config.patch_size) ** 2, momo.RATIO["image"]
+    shares = batches(min(len(source), ENOUGH), 64)
+    for numbers, views in zip(shares, pictures(source, shares, config.image_size, device)):
+        image = views.to(device)
+        hidden = torch.stack([momo.hide_patches(ratio, patches, random.Random(f"mask {i}")) for i in numbers])
+        hidden = hidden.to(device)  # (n, N)
+        wanted = momo.patch_values(image, hidden, stage.normalised)  # (M, P)
+        seen = momo.patch_values(image, ~hidden, stage.normalised).unflatten(0, (len(image), -1))  # (n, visible, P)
+        guess = seen.mean(1).repeat_interleave(len(wanted) // len(image), 0)  # (M, P)
+        error = lambda pixels: (pixels - wanted).float().square().mean(1).sum()
+        pixels = stage.pixels({"image": image, "hidden": hidden})
+        found += torch.stack([error(pixels), error(guess), found.new_tensor(len(wanted))])
+    error, guess, count = losses.gather(found[None]).sum(0).tolist()
+    return {"error": error / count, "mean patch's error": guess / count, "masked patches": round(count)}
+
+
+@torch.no_grad()
 def masked_words(stage, texts, training, device):
     """A stage with logits(batch) on data.Texts `texts` (10,000 at most): the share of masked tokens (in percent) that
     it finds, its perplexity, and those of the unigram distribution of the tokens of data.Texts `training` (of 10 M at
@@ -367,9 +391,9 @@ def codebook(dvae, source, image_size, device):
 
 
 @torch.no_grad()
-def reconstruction_sheet(dvae, source, image_size, device, count=16):
-    """A picture: pictures of a source, side by side, above their reconstructions from codes alone."""
-    [views] = pictures(source, [range(min(count, len(source)))], image_size, device)
+def reconstruction_sheet(dvae, source, image_size, device):
+    """A picture: the first 16 of a source, side by side, above their reconstructions from codes alone."""
+    [views] = pictures(source, [range(min(16, len(source)))], image_size, device)
     wanted = dvae.pixels(views.to(device))
     rows = torch.stack([wanted, dvae.decode(dvae.encode(wanted))])  # (2, n, 3, s, s)
     sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (2s, n·s, 3)

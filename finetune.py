@@ -111,6 +111,8 @@ class TaskStage(nn.Module):
                 module.requires_grad_(False)
 
     def forward(self, batch):
+        """batch: image (b, 3, S, S), or pairs (b, 2, 3, S, S); text, mask (b, T) where there is a text; target, as the
+        task's loss takes it."""
         if "text" in batch:
             T = data.cut(batch["mask"])
             batch = batch | {"text": batch["text"][:, :T], "mask": batch["mask"][:, :T]}
@@ -132,6 +134,7 @@ def set_up_choice(args, here, config, start):
     else:
         config, words = train.vocabulary(args, here, config, start, sources["train"].corpus)
     same = start and start.content["stage"] == args.stage  # it has the head, and its pooler
+    same = same and (start.resumed or not args.linear_probe)  # a probe begins with a head of its own
     anew = ("pooler",) if args.fresh_pooler and not same else ()
     model, taken = train.build(args, here, config, start, anew)
     stage = TaskStage(module(model, len(choices)), task.loss, args.linear_probe)
@@ -212,7 +215,7 @@ def set_up_retrieval(args, here, config, start):
     augment = train.augmentation(args, "randaugment")
     samples = data.Pairs(sources["train"], words, config.image_size, args.seed, augment, args.flip)
     measure = lambda split: evaluate.retrieval(model, sources[split], words, here.device)
-    note = f", {args.batch_size // args.accumulate} candidates for contrast"
+    note = train.candidates(args, here, stage)
     splits = train.measured(sources)
     return train.Job(stage, samples, "pairs", config, words.tokenizer, taken, splits, measure, note, best="mean")
 
@@ -272,10 +275,7 @@ def parse():
     group.add_argument("--drop-path", type=float, metavar="P", help="[0.15 · 0.1 · 0.2]")
     parser.set_defaults(vocab_size=None)  # a new vocabulary has at most the config's size
     args = parser.parse_args()
-    for flag, tasks in ONLY.items():
-        if args.stage not in tasks and vars(args)[flag] != parser.get_default(flag):
-            name = "--" + flag.replace("_", "-")
-            raise runtime.UserError(f"{name} is of task {' and '.join(tasks)}, not of {args.stage}")
+    parser.refuse(args, ONLY, "task")
     if args.trainval and args.data == ["shapes"]:
         raise runtime.UserError("--trainval is of VQA 2.0: --data must name its folder")
     if args.init and args.config:
@@ -294,6 +294,7 @@ def resolve(args, start):
     name = start.content["args"]["config"] if start else args.config or "tiny"
     if args.config not in (None, name):
         raise runtime.UserError(f"{start.path} is of --config {name}")
+    args.model = start.content["args"].get("model", "vlmo") if start else "vlmo"  # for stages that go on from here
     base = start.config if start else CONFIGS[name]
     defaults = {"config": name, "image_size": base.image_size, "max_text_len": min(base.max_text_len, 40)}
     for flag, value in (defaults | recipe(args, name)).items():
@@ -320,8 +321,7 @@ def schedule(args, job):
     samples = job.samples.source.count_captions() if args.stage == "retrieval" else len(job.samples)
     args.steps = max(1, round(args.epochs * samples / args.batch_size))
     args.warmup = round(0.1 * args.steps)
-    if args.eval_every and "val" not in job.splits:
-        raise runtime.UserError("--eval-every needs a val split, and --data has none")
+    train.check_val(args, job.splits)
     if args.eval_every is None:  # four times at least
         args.eval_every = math.ceil(min(samples / args.batch_size, args.steps / 4)) if "val" in job.splits else 0
 

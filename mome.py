@@ -29,7 +29,7 @@ class Config:
     text_reach: int = 196  # relative only: how many text positions the table tells apart
     layer_scale: float = 0.0  # initial LayerScale; 0 = none (released relative models: 0.1)
     drop_path: float = 0.0  # stochastic depth of the last layer, growing linearly from 0
-    init_std: float = 0.02  # of the truncated normal that matrices and embeddings start from (BERT, BEiT)
+    init_std: float = 0.02  # of the normal distribution that matrices and embeddings start from (BERT, BEiT)
     experts: str = "mome"  # "mome", or "shared": the standard Transformer of Table 5, row 4
     attention: str = "shared"  # "shared", or "separate" below the vision-language layers (Table 7)
 
@@ -298,7 +298,8 @@ def embedding(config, *shape):
 
 
 def initialise(root, config):
-    """Truncated normal for matrices, zero for biases; norms keep their ones and zeros."""
+    """Normal for matrices (trunc_normal_ cuts at ±2: that is 40 deviations and more), zero for biases; norms keep their
+    ones and zeros."""
     for module in root.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             nn.init.trunc_normal_(module.weight, std=config.init_std)
@@ -395,7 +396,7 @@ class NLVR2(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Image classification with the vision experts alone (Table 3): the mean of the patches, as in BEiT."""
+    """Image classification with the vision experts alone (Table 3): a linear layer on the mean of the patches."""
 
     def __init__(self, model, classes):
         super().__init__()
@@ -408,12 +409,12 @@ class Classifier(nn.Module):
         return self.model.encode_image(batch["image"])[:, 1:].mean(1)
 
     def forward(self, batch):
-        """batch: image (B, 3, S, S) → logits (B, C)."""
+        """batch: image (B, 3, S, S) → logits (B, classes)."""
         return self.head(self.features(batch))
 
 
 class Standardise(nn.Module):
-    """(x − mean) / deviation, of each feature: numbers that are given once; 0 and 1 until then."""
+    """(x − mean) / deviation of features (B, D): numbers that are given once; 0 and 1 until then."""
 
     def __init__(self, features):
         super().__init__()
@@ -425,4 +426,5 @@ class Standardise(nn.Module):
 
 
 def unit(x):
+    """(…, D) → the same directions with length 1, at least float32."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

@@ -9,7 +9,6 @@ Shape letters as in mome.py; K visible rows, E width of a decoder, P = 3·patch_
 """
 
 import dataclasses
-import random
 
 import torch
 import torch.nn.functional as F
@@ -229,27 +228,3 @@ class Stage(nn.Module):
         """(M, V): of the hidden tokens of texts."""
         inputs = {name: batch[name] for name in INPUTS["text"]}
         return reconstructions(self.model, self.head["text"], **inputs)[1]
-
-
-@torch.no_grad()
-def masked_pixels(stage, views, device):
-    """The mean squared error of hidden patches, in the units of training, and that of the mean of a picture's visible
-    ones. views: pairs of (numbers of pictures, uint8 (n, 3, S, S)), whose masks follow from the numbers. The same for
-    any number of processes."""
-    stage.eval()
-    config, found = stage.model.config, torch.zeros(3, dtype=torch.float64, device=device)
-    patches = (config.image_size // config.patch_size) ** 2
-    for numbers, image in views:
-        image = image.to(device)
-        hidden = torch.stack([hide_patches(RATIO["image"], patches, random.Random(f"mask {i}")) for i in numbers]).to(
-            device
-        )
-        wanted = patch_values(image, hidden, stage.normalised)  # (M, P)
-        seen = patch_values(image, ~hidden, stage.normalised).unflatten(0, (len(image), -1)).mean(1)  # (n, P)
-        errors = [stage.pixels({"image": image, "hidden": hidden}) - wanted,
-                  seen.repeat_interleave(len(wanted) // len(image), 0) - wanted]  # fmt: skip
-        found += torch.stack(
-            [*(error.float().square().mean(1).sum() for error in errors), found.new_tensor(len(wanted))]
-        )
-    error, guess, count = losses.gather(found[None]).sum(0).tolist()
-    return {"error": error / count, "mean patch's error": guess / count, "masked patches": round(count)}

@@ -35,12 +35,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
+    def refuse(self, args, only, what):
+        """UserError for a flag that args.stage, a `what`, does not read. only: {flag: the stages that read it}."""
+        for flag, stages in only.items():
+            if args.stage not in stages and vars(args)[flag] != self.get_default(flag):
+                name = "--" + flag.replace("_", "-")
+                raise UserError(f"{name} is of {what} {' and '.join(stages)}, not of {args.stage}")
+
 
 def run(main, *mistakes):
-    """Runs a script's main. A UserError, or one of `mistakes`, ends it with one line and exit status 2."""
+    """Runs a script's main. A UserError, a file or folder that the system refuses, or one of `mistakes` ends it with
+    one line and exit status 2."""
     try:
         main()
-    except (UserError, *mistakes) as error:
+    except (UserError, OSError, *mistakes) as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # process 0's line comes first; if all fail alike, torchrun ends this one before its own
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
@@ -205,7 +213,8 @@ def write(path, fill):
         os.fsync(folder)
         os.close(folder)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path} could not be written, what was there before is kept: {error}") from None
 
 
@@ -246,8 +255,11 @@ class Metrics:
             path = Path(folder, "metrics.jsonl")
             lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
             whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+            try:
+                entries = [(line, json.loads(line)) for line in whole]
+            except ValueError:
+                raise UserError(f"{path} is damaged: move it away, and the run goes on with a new one") from None
             self.file = open(path, "w", buffering=1)
-            entries = [(line, json.loads(line)) for line in whole]
             self.file.writelines(line for line, entry in entries if entry["step"] + ("split" in entry) <= step)
 
     def write(self, **entry):

@@ -90,18 +90,20 @@ MOMO_OPTIMIZER = ((0.9, 0.95), 0.05, "cosine")  # MAE's, for all its stages: Sec
 # ---- The stages ------------------------------------------------------------------------------------------------------
 # A stage holds a model, a head that later stages leave behind (or an empty module) and the weights of its losses; its
 # forward takes a batch → {name: scalar}: the losses, each as losses.py defines its mean, and what else is to be logged.
+# The loop keeps its `progress`: the share of training that is done.
 
 
 class DVAEStage(nn.Module):
     """The tokenizer of stage image: reconstruction, and the use of the codebook (dvae.py)."""
 
-    progress = 0.0  # the share of training that is done; the loop keeps it
+    progress = 0.0  # the temperature follows it
 
     def __init__(self, model, kl_weight):
         super().__init__()
         self.model, self.head, self.weights = model, nn.Module(), {"reconstruction": 1.0, "kl": kl_weight}
 
     def forward(self, batch):
+        """batch: image (b, 3, S, S)."""
         pixels, reconstruction, logits = self.model(batch["image"], dvae.temperature(self.progress))
         out = dvae.dvae_losses(pixels, reconstruction, logits)
         codes = torch.bincount(logits.detach().argmax(-1).flatten(), minlength=logits.shape[-1])
@@ -376,10 +378,17 @@ def set_up_vl(args, here, config, start):
     measure = lambda split: evaluate.retrieval(model, sources[split], words, here.device)
     samples = pairs(args, sources["train"], config.image_size, words)
     splits = measured(sources) if "itc" in stage.weights else []  # nothing else makes retrieval work
-    candidates = args.batch_size // args.accumulate
-    hard = candidates if args.negatives == "global" else candidates // here.world
-    note = f", {candidates} candidates for contrast, {hard} for hard negatives"
+    check_val(args, splits)
+    note = candidates(args, here, stage)
     return Job(stage, samples, "pairs", config, words.tokenizer, taken, splits, measure, note)
+
+
+def candidates(args, here, stage):
+    """A note: from how many samples a VisionLanguageStage tells its pairs apart."""
+    count = args.batch_size // args.accumulate
+    hard = count if stage.negatives == "global" else count // here.world
+    note = f", {count} candidates for contrast" if "itc" in stage.weights else ""
+    return note + (f", {hard} for hard negatives" if "itm" in stage.weights else "")
 
 
 def set_up_momo(args, here, config, start):
@@ -403,18 +412,7 @@ def set_up_momo(args, here, config, start):
     if "text" in modalities:
         hidden_words = momo.HiddenWords(tokenizer, config.max_text_len, momo.RATIO["text"])
         texts = packed(args, here, hidden_words, args.texts)
-
-    def samples(modality):
-        if modality == "text":
-            return texts["train"]
-        ratio, patches = momo.RATIO[modality], (config.image_size // config.patch_size) ** 2
-        hide = functools.partial(momo.hide_patches, ratio, patches)
-        if modality == "image":
-            return images(args, sources["train"], config.image_size, hide)
-        hidden_words = momo.HiddenWords(tokenizer, config.max_text_len, ratio)
-        return pairs(args, sources["train"], config.image_size, hidden_words, hide)
-
-    first, *others = map(samples, modalities)
+    first, *others = (momo_samples(args, name, sources, texts, config, tokenizer) for name in modalities)
     model, taken = build(args, here, config, start)
     factors = {"itc": args.itc_weight, "itm": args.itm_weight} if args.stage == "vl" else {}
     aligned = VisionLanguageStage(model, {name: w for name, w in factors.items() if w > 0}, args.negatives)
@@ -427,22 +425,31 @@ def set_up_momo(args, here, config, start):
         if "itc" in stage.weights:
             results = evaluate.retrieval(model, sources[split], words, here.device)
         if "mim" in stage.weights:
-            shares = evaluate.batches(min(len(sources[split]), evaluate.ENOUGH), 64)
-            views = zip(shares, evaluate.pictures(sources[split], shares, config.image_size, here.device))
-            results = momo.masked_pixels(stage, views, here.device)
+            results = evaluate.masked_pixels(stage, sources[split], here.device)
         if texts and texts[split]:
             results |= evaluate.masked_words(stage, texts[split], texts["train"], here.device)
         return results
 
     splits = measured(sources if stage.weights.keys() & {"itc", "mim"} else texts)
-    if not sources:
-        check_val(args, splits)
-    note = f", beside {len(others[0])} {modalities[1]}s" if others else ""
+    check_val(args, splits)
+    note = candidates(args, here, aligned) + (f", beside {len(others[0])} {modalities[1]}s" if others else "")
     updates = tuple((modality,) for modality in modalities) if args.no_cmga else ((),)
     return Job(
         stage, first, f"{modalities[0]}s", config, tokenizer, taken, splits, measure, note, optimizer=MOMO_OPTIMIZER,
         beside=others[0] if others else None, updates=updates,
     )  # fmt: skip
+
+
+def momo_samples(args, modality, sources, texts, config, tokenizer):
+    """The training samples of a modality, with what is hidden of them."""
+    if modality == "text":
+        return texts["train"]
+    ratio, patches = momo.RATIO[modality], (config.image_size // config.patch_size) ** 2
+    hide = functools.partial(momo.hide_patches, ratio, patches)
+    if modality == "image":
+        return images(args, sources["train"], config.image_size, hide)
+    hidden_words = momo.HiddenWords(tokenizer, config.max_text_len, ratio)
+    return pairs(args, sources["train"], config.image_size, hidden_words, hide)
 
 
 STAGES = {
@@ -495,8 +502,9 @@ def read_splits(args, image_size, captions):
 
 
 def check_val(args, splits):
+    """UserError if --eval-every finds nothing that it could measure."""
     if args.eval_every and "val" not in splits:
-        raise runtime.UserError("--eval-every needs a val split, and --data has none")
+        raise runtime.UserError("--eval-every needs a val split, and something that this run learns to measure on it")
 
 
 def measured(sources):
@@ -642,11 +650,7 @@ def parse():
         flag, kind = "--" + field.name.replace("_", "-"), field.type
         group.add_argument(flag, type=kind, metavar=CHOICES.get(field.name, kind.__name__.upper()), help=f"[{values}]")
     args = parser.parse_args()
-    for flag, stages in ONLY.items():
-        if args.stage not in stages and vars(args)[flag] != parser.get_default(flag):
-            raise runtime.UserError(
-                f"--{flag.replace('_', '-')} is of stage {' and '.join(stages)}, not of {args.stage}"
-            )
+    parser.refuse(args, ONLY, "stage")
     args.out = args.out or f"runs/{args.stage}"
     return args
 
@@ -951,7 +955,6 @@ def run(args, here, job, start):
                 with here.synchronised(wrapped, part == args.accumulate):
                     with here.autocast():
                         values = wrapped(batch, *update)
-                    # 1·ITC + 1·ITM + 0.25·MLM
                     loss = sum(weight * values[name] for name, weight in stage.weights.items() if name in values)
                     scaler.scale(loss / args.accumulate).backward()
                 found.update({name: value.detach().float() / args.accumulate for name, value in values.items()})

@@ -181,6 +181,16 @@ def test_features_of_a_linear_probe_have_mean_0_and_variance_1(processes):
         torch.testing.assert_close(other, found, rtol=1e-4, atol=1e-4)
 
 
+def test_a_linear_probe_begins_with_a_head_of_its_own(start, small_world, tmp_path, monkeypatch):
+    run = ["--task", "classify", *BRIEF, *epochs("classify", 1)]
+    call(monkeypatch, finetune, *run, "--init", start, "--out", tmp_path / "whole")
+    last = tmp_path / "whole" / "last.pt"
+    call(monkeypatch, finetune, *run, "--init", last, "--linear-probe", "--seed", 1, "--out", tmp_path / "probe")
+    before, after = (runtime.load(path)["head"] for path in (last, tmp_path / "probe" / "last.pt"))
+    assert (before["0.deviation"] == 1).all() and (after["0.deviation"] != 1).all()
+    assert (after["1.weight"] - before["1.weight"]).abs().max() > 0.02  # not a step away from it
+
+
 def test_what_is_measured_at_the_end_is_the_best(start, small_world, tmp_path, monkeypatch):
     """Accuracies 10, 30, 20: the checkpoint of the second measurement is kept, and measured on test."""
     given, seen = iter([10.0, 30.0, 20.0, 0.0]), []

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from test_bench import batch_of
 from test_train import Killed, call, main_of, metrics, pictures
 
 import data
+import evaluate
 import finetune
 import losses
 import momo
@@ -44,6 +46,13 @@ def stage_of(model, modalities=("pair", "text"), aligned=("itc", "itm"), **optio
     return momo.Stage(
         model, modalities, SHAPE, train.VisionLanguageStage(model, dict.fromkeys(aligned, 1.0)), **options
     )
+
+
+class Pictures(list):
+    """A source of pictures that are there already: uint8 (3, S, S)."""
+
+    def image(self, i):
+        return Image.fromarray(self[i].permute(1, 2, 0).numpy())
 
 
 def model_of(config=SMALL):
@@ -172,8 +181,7 @@ def test_a_normalised_patch_has_mean_0_and_variance_1():
         wanted = momo.patch_values(batch["image"], hidden, normalised)
         expected = (stage.pixels(batch) - wanted).square().mean().item()
         assert stage(batch)["mim"].item() == pytest.approx(expected)
-        views = [([0, 1], batch["image"])]
-        found = momo.masked_pixels(stage, views, "cpu")
+        found = evaluate.masked_pixels(stage, Pictures(batch["image"]), "cpu")
         at = torch.stack([momo.hide_patches(0.75, 16, random.Random(f"mask {i}")) for i in range(2)])
         wanted, seen = (momo.patch_values(batch["image"], which, normalised) for which in (at, ~at))
         error = stage.pixels({"image": batch["image"], "hidden": at}) - wanted
@@ -297,6 +305,7 @@ def test_the_stages_train_one_from_another_and_serve_the_tasks(small_world, tmp_
         run = ["--task", task, "--init", out["vl"] / "last.pt", "--batch-size", 8, "--epochs", 0.005, *flags]
         call(monkeypatch, finetune, *run, "--out", tmp_path / task)
         assert "accuracy" in metrics(tmp_path / task)[-1]
+        assert runtime.load(tmp_path / task / "last.pt")["args"]["model"] == "momo"  # what goes on from here is, too
 
 
 def test_a_stage_is_set_up_as_the_paper_says(small_world, tmp_path, monkeypatch):

@@ -127,3 +127,8 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     runtime.Metrics(tmp_path, main=True, step=20).write(step=30, itc=0.5, norm=float("inf"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 10, "itc": 1.0}, {"step": 20, "itc": 1.0}, {"step": 30, "itc": 0.5, "norm": None}]
+    damaged = '{"step": 1}\n{"ste\n{"step": 3}\n'
+    (tmp_path / "metrics.jsonl").write_text(damaged)
+    with pytest.raises(runtime.UserError, match="metrics.jsonl is damaged: move it away"):
+        runtime.Metrics(tmp_path, main=True, step=3)
+    assert (tmp_path / "metrics.jsonl").read_text() == damaged
