@@ -244,13 +244,15 @@ def matmul_peak(here):
 
 
 def step_memory(kind, name, image_size, b, amp):
-    """Bytes that a step needs at its peak above parameters and optimizer state."""
+    """Bytes that a step needs at its peak above parameters and optimizer state: those of its tensors, and those that
+    the process holds for them, of which an allocator cannot use every one."""
     here = runtime.Runtime(amp)
     before = in_use(here.device)
     side = Side(kind, name, image_size, b, here)
     side.step()  # the optimizer's state is there from now on
     held = 12 * side.parameters + 4 * side.frozen  # fp32: the parameters, and AdamW's two averages
-    return peak(side.step, here.device) - before - held
+    in_all = peak(side.step, here.device) - before - held
+    return tensor_peak(side.step, here.device), in_all
 
 
 def ranking_memory(device):
@@ -263,7 +265,7 @@ def ranking_memory(device):
 
 def in_use(device):
     """Bytes of this process on the device."""
-    return torch.cuda.memory_allocated() if device.type == "cuda" else resident("VmRSS")
+    return torch.cuda.memory_reserved() if device.type == "cuda" else resident("VmRSS")
 
 
 def peak(work, device):
@@ -271,10 +273,24 @@ def peak(work, device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         work()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     work()
     return resident("VmHWM")
+
+
+def tensor_peak(work, device):
+    """The most bytes that tensors which are born while it works hold at once."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profiler.profile(profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 def resident(name):
@@ -313,6 +329,7 @@ def bench_step(args, kinds, name, amp, b):
     rows = []
     for kind in kinds:
         (work, kernels), median = counted[kind], statistics.median(seconds[kind])
+        in_tensors, in_all = in_a_process(step_memory, kind, *of)
         rows.append({
             "config": name, "batch": b, "amp": amp, "side": kind,
             "pairs/s": b / median,
@@ -321,7 +338,8 @@ def bench_step(args, kinds, name, amp, b):
             "parameters, M": parameters[kind] / 1e6,
             "TFLOP a step": work / 1e12,
             "of peak": work / median / best,
-            "memory, MB": in_a_process(step_memory, kind, *of) / 1e6,
+            "tensors, MB": in_tensors / 1e6,
+            "memory, MB": in_all / 1e6,
             "attention": kernels,
             "days for 204.8 M pairs": PAPER_PAIRS * median / b / 86_400,
         })  # fmt: skip
