@@ -3,7 +3,7 @@ saves; what negatives cost between processes; how fast retrieval is. Ratios of s
 machine.
 
     python bench.py                                   # base, 224 pixels, on this machine's processor or GPU
-    python bench.py --config tiny --amp off           # a minute
+    python bench.py --config tiny --amp off           # two minutes
 
 Shape letters as in losses.py.
 """
