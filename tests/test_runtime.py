@@ -132,3 +132,11 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     with pytest.raises(runtime.UserError, match="metrics.jsonl is damaged: move it away"):
         runtime.Metrics(tmp_path, main=True, step=3)
     assert (tmp_path / "metrics.jsonl").read_text() == damaged
+
+
+def test_what_the_system_refuses_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsys):
+    status = []
+    monkeypatch.setattr(runtime.os, "_exit", status.append)
+    runtime.run(lambda: open(tmp_path, "w"))
+    line = capsys.readouterr().err
+    assert status == [2] and line.count("\n") == 1 and f"Is a directory: '{tmp_path}'" in line

@@ -455,8 +455,6 @@ def test_mistakes_are_one_line_and_exit_status_2(run, tmp_path):
     refused(command("train.py", "--config", "huge"), "invalid choice: 'huge'")
     (tmp_path / "x.pt").write_text("no checkpoint")
     refused(command("evaluate.py", "--checkpoint", tmp_path / "x.pt"), "not a checkpoint of this project")
-    (tmp_path / "out" / "config.json").mkdir(parents=True)
-    refused(command("train.py", *SMALL, "--out", tmp_path / "out"), "Is a directory")
     answer = command("train.py", *SMALL, "--batch-size", 7, "--out", nothing, processes=2)
     assert answer.returncode != 0 and "error: --batch-size 7 is not divisible by 2 processes" in answer.stderr
     assert 'train.py", line' not in answer.stderr and not nothing.exists()  # a traceback of torchrun's, none of ours
