@@ -104,7 +104,11 @@ class Runtime:
             return stage
         ids = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
-            stage, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=parts
+            stage,
+            device_ids=ids,
+            gradient_as_bucket_view=True,
+            forward_sync_buffers=False,
+            find_unused_parameters=parts,
         )
 
     def from_main(self, answer):
