@@ -775,7 +775,7 @@ class Shapes:
         return self.count
 
     def scene(self, i):
-        return make_scene(self.split, random.Random(f"{self.seed} {self.split} {i}"))
+        return scene_of(self.split, f"{self.seed} {self.split} {i}")
 
     def image(self, i):
         return draw_scene(self.scene(i), self.image_size, random.Random(f"drawing {self.seed} {self.split} {i}"))
@@ -796,6 +796,12 @@ class Shapes:
 
 def make_thing(rng):
     return {"size": rng.choice(list(SIZES)), "color": rng.choice(list(COLORS)), "shape": rng.choice(SHAPES)}
+
+
+@functools.lru_cache(10_000)
+def scene_of(split, seed):
+    """Kept, for its captions, its picture and each of its questions ask for it."""
+    return make_scene(split, random.Random(seed))
 
 
 def make_scene(split, rng):

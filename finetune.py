@@ -43,6 +43,7 @@ TINY = {  # what suits the tiny model in the built-in world: its ITM leaves a sa
     "probe": {"epochs": 0.64, "lr": 1e-2},
 }
 TINY["flickr30k"] = TINY["retrieval"]
+STANDARDISED = 4096  # the pictures, of all processes, that give the features of a linear probe their mean and variance
 
 
 def recipe(args, config):
@@ -166,8 +167,7 @@ def set_up_choice(args, here, config, start):
 
 @torch.no_grad()
 def standardise(stage, samples, batches, device):
-    """The features of a linear probe get mean 0 and variance 1 over about 4,096 pictures of all processes, which in MAE
-    a BatchNorm does."""
+    """The features of a linear probe get mean 0 and variance 1 over the first pictures; in MAE a BatchNorm does it."""
     stage.to(device).eval()
     unreadable, sums = train.Unreadable(len(samples)), 0.0
     for batch in batches:
@@ -175,7 +175,7 @@ def standardise(stage, samples, batches, device):
         x = stage.task.features({"image": batch["image"].to(device)}).double()  # (b, D)
         sums = sums + torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
         count, total, squares = losses.gather(sums[None]).sum(0)  # (D,) each
-        if count[0] >= 4096:
+        if count[0] >= STANDARDISED:
             break
     mean = total / count
     stage.head[0].mean.copy_(mean)

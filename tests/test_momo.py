@@ -283,6 +283,7 @@ def test_base_has_as_many_active_parameters_as_the_paper_says():
 @pytest.fixture
 def small_world(monkeypatch):
     monkeypatch.setattr(data, "SPLITS", {"train": 1000, "val": 12, "test": 12})
+    monkeypatch.setattr(finetune, "STANDARDISED", 64)
 
 
 def test_the_stages_train_one_from_another_and_serve_the_tasks(small_world, tmp_path, monkeypatch):

@@ -4,8 +4,10 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -219,23 +221,24 @@ def test_two_processes_see_the_same_data_and_end_with_one_answer(processes, tmp_
     assert alone[2]["mean"] == pytest.approx(both[2]["mean"], abs=0.2)
 
 
-def test_torchrun_trains_with_all_losses_in_several_passes_and_resumes_exactly(tmp_path):
-    """The second run goes on from what the first had saved at step 2, and ends with the same losses."""
+def saves_apart(aside, *flags):
+    """A run whose checkpoint of step 2 is also kept elsewhere."""
+    real = runtime.save
+
+    def save(path, content):
+        real(path, content)
+        if content["step"] == 2:
+            shutil.copy(path, aside)
+
+    runtime.save = save
+    main_of("train", *flags)
+
+
+def test_torchrun_trains_with_all_losses_in_several_passes_and_resumes_exactly(processes, tmp_path):
+    """torchrun goes on from what two processes had saved at step 2, and ends with the same losses."""
     (tmp_path / "b").mkdir()
-    script = tmp_path / "keeps.py"
-    script.write_text(
-        f"import shutil, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import data, runtime, train\n"
-        "real = runtime.save\n"
-        "def save(path, content):\n"
-        "    real(path, content)\n"
-        f"    content['step'] == 2 and shutil.copy(path, {str(tmp_path / 'b')!r})\n"
-        "runtime.save = save\n"
-        "runtime.run(train.main, data.DataError)\n"
-    )
     flags = [*SMALL, "--stage", "vl", "--accumulate", 2, "--save-every", 2, "--log-every", 1, "--steps", 4, "--out"]
-    answer = command(script, *flags, tmp_path / "a", processes=2)
-    assert answer.returncode == 0, answer.stderr
+    processes(2, saves_apart, tmp_path / "b", *flags, tmp_path / "a", group=False)
     answer = command("train.py", *flags, tmp_path / "b", "--resume", processes=2)
     assert "resuming after step 2" in answer.stdout, answer.stderr
     assert answer.stdout.count("split test: TR@1") == 1
@@ -252,10 +255,11 @@ def test_eval_every_watches_the_val_split(tmp_path, monkeypatch):
     ]
 
 
-def test_evaluate_reports_any_checkpoint(run):
-    answer = command("evaluate.py", "--task", "retrieval", "--checkpoint", run / "last.pt")
-    assert answer.returncode == 0 and "500 images, 1000 captions" in answer.stdout
-    results = json.loads(answer.stdout.strip().splitlines()[-1])
+def test_evaluate_reports_any_checkpoint(run, monkeypatch, capsys):
+    call(monkeypatch, train.evaluate, "--task", "retrieval", "--checkpoint", run / "last.pt")
+    said = capsys.readouterr().out
+    assert "500 images, 1000 captions" in said
+    results = json.loads(said.strip().splitlines()[-1])
     expected = metrics(run)[-1]
     assert results["TR@1"] == pytest.approx(expected["TR@1"], abs=0.01) and results["mean"] == pytest.approx(
         expected["mean"], abs=0.01
@@ -450,14 +454,20 @@ def test_stage_image_trains_the_path_of_images_and_nothing_else(switches):
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_one_line_and_exit_status_2(run, tmp_path):
-    nothing = tmp_path / "nothing"
-    refused(command("train.py", "--config", "huge"), "invalid choice: 'huge'")
+def test_mistakes_are_one_line_and_exit_status_2(tmp_path):
     (tmp_path / "x.pt").write_text("no checkpoint")
-    refused(command("evaluate.py", "--checkpoint", tmp_path / "x.pt"), "not a checkpoint of this project")
-    answer = command("train.py", *SMALL, "--batch-size", 7, "--out", nothing, processes=2)
-    assert answer.returncode != 0 and "error: --batch-size 7 is not divisible by 2 processes" in answer.stderr
-    assert 'train.py", line' not in answer.stderr and not nothing.exists()  # a traceback of torchrun's, none of ours
+    with ThreadPoolExecutor() as pool:  # each waits for its process
+        flag = pool.submit(command, "train.py", "--config", "huge")
+        task = pool.submit(command, "finetune.py", "--init", "absent.pt")
+        file = pool.submit(command, "evaluate.py", "--checkpoint", tmp_path / "x.pt")
+        nothing = tmp_path / "nothing"
+        two = pool.submit(command, "train.py", *SMALL, "--batch-size", 7, "--out", nothing, processes=2)
+    refused(flag.result(), "invalid choice: 'huge'")
+    refused(task.result(), "--task")
+    refused(file.result(), "not a checkpoint of this project")
+    said = two.result().stderr
+    assert two.result().returncode != 0 and "error: --batch-size 7 is not divisible by 2 processes" in said
+    assert 'train.py", line' not in said and not nothing.exists()  # a traceback of torchrun's, none of ours
 
 
 @pytest.mark.parametrize(
