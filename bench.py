@@ -126,10 +126,11 @@ def configuration(name, image_size=None):
 
 
 def pairs(config, b, device):
-    """b pairs as the loaders give them, with captions of 6 to 40 tokens, 13 on average: quantiles, the same always."""
+    """b pairs as the loaders give them, with b quantiles of a length of 6 to 40 tokens, 13 on average: of 4 pairs the
+    longest has 21, of 8 26, of 64 40."""
     g = torch.Generator().manual_seed(0)
     T, lengths = config.max_text_len, 6 - 7.2 * torch.log1p(-(torch.arange(b) + 0.5) / b)
-    lengths = lengths.round().long().clamp(max=T)  # (b,)
+    lengths = lengths.round().long().clamp(max=40)  # (b,)
     mask = torch.arange(T) < lengths[:, None]
     text = torch.randint(5, config.vocab_size, (b, T), generator=g).masked_fill(~mask, 0)
     hidden = mask & (torch.rand(b, T, generator=g) < 0.15)
@@ -300,7 +301,7 @@ def resident(name):
 
 
 class Failed(Exception):
-    """A measurement that did not end well: it ran out of memory, say."""
+    """A measurement that did not end well, and why: it ran out of memory, say."""
 
 
 def in_a_process(measure, *arguments):
@@ -312,24 +313,34 @@ def in_a_process(measure, *arguments):
     child.join()
     if child.exitcode:
         raise Failed(f"exit code {child.exitcode}")
-    return out.get()
+    answer, reason = out.get()
+    if reason:
+        raise Failed(reason)
+    return answer
 
 
 def put(out, measure, arguments):
-    out.put(measure(*arguments))
+    try:
+        out.put((measure(*arguments), None))
+    except (RuntimeError, OSError) as error:  # too little memory; no /proc
+        out.put((None, f"{type(error).__name__}: {runtime.first_line(error)}"))
 
 
 # ---- The tables ------------------------------------------------------------------------------------------------------
 
 
 def bench_step(args, kinds, name, amp, b):
-    """Rows of a step's numbers, one for each kind of Side; ratios are to the first."""
+    """Rows of a step's numbers, one for each kind of Side; ratios are to the first. Memory that cannot be measured
+    stays empty."""
     of = (name, args.image_size, b, amp)
     seconds, counted, parameters, best = in_a_process(step_times, kinds, *of, args.repeats)
     rows = []
     for kind in kinds:
         (work, kernels), median = counted[kind], statistics.median(seconds[kind])
-        in_tensors, in_all = in_a_process(step_memory, kind, *of)
+        try:
+            in_tensors, in_all = (size / 1e6 for size in in_a_process(step_memory, kind, *of))
+        except Failed:
+            in_tensors = in_all = None
         rows.append({
             "config": name, "batch": b, "amp": amp, "side": kind,
             "pairs/s": b / median,
@@ -338,8 +349,8 @@ def bench_step(args, kinds, name, amp, b):
             "parameters, M": parameters[kind] / 1e6,
             "TFLOP a step": work / 1e12,
             "of peak": work / median / best,
-            "tensors, MB": in_tensors / 1e6,
-            "memory, MB": in_all / 1e6,
+            "tensors, MB": in_tensors,
+            "memory, MB": in_all,
             "attention": kernels,
             "days for 204.8 M pairs": PAPER_PAIRS * median / b / 86_400,
         })  # fmt: skip
@@ -358,9 +369,9 @@ def step_times(kinds, name, image_size, b, amp, repeats):
 PAPER_PAIRS = 200_000 * 1024  # steps × batch of the paper's base model (Section 4.1)
 
 
-def bench_visible(args, name, amp):
+def bench_visible(args, name, amp, b):
     """Rows of MoMo's encoder, forward and backward, on all rows and on the visible quarter of images, and of pairs."""
-    here, b = runtime.Runtime(amp), args.batch_size[0]
+    here = runtime.Runtime(amp)
     config = dataclasses.replace(configuration(name, args.image_size), experts="shared")
     torch.manual_seed(0)
     model, batch = VLMo(config).to(here.device), hide(pairs(config, b, here.device), config, "pair")
@@ -416,7 +427,10 @@ def bench_exchange(world):
         port = probe.getsockname()[1]
         probe.close()
         sent = manager.list()
-        torch.multiprocessing.spawn(exchanged, args=(world, port, sent), nprocs=world)
+        try:
+            torch.multiprocessing.spawn(exchanged, args=(world, port, sent), nprocs=world)
+        except torch.multiprocessing.ProcessException as error:
+            raise Failed(runtime.first_line(error)) from None
         return traffic(world, sum(sent) / world, max(sent))
 
 
@@ -445,9 +459,10 @@ PAIRS, PIXELS, TOKENS = 16, (3, 224, 224), (2, 40)  # of a process; an image as 
 
 
 def traffic(world, mean, most):
-    """A row of the table, in MB. The bound: 2 whole samples a pair, whatever W."""
+    """A row of the table, in MB. The bound of the mean: a process receives at most an image and a text for each of its
+    pairs, whatever W, and on average it sends what it receives."""
     image, text = math.prod(PIXELS) / 1e6, 8 * math.prod(TOKENS) / 1e6
-    row = {"W": world, "mean": mean and mean / 1e6, "most": most and most / 1e6, "bound": 2 * PAIRS * (image + text)}
+    row = {"W": world, "mean": mean and mean / 1e6, "most": most and most / 1e6, "bound": PAIRS * (image + text)}
     return row | {"gathering all images": (world - 1) * PAIRS * image}
 
 
@@ -505,9 +520,7 @@ def main():
     parser = runtime.Parser(__doc__)
     parser.add_argument("--config", nargs="+", choices=list(CONFIGS), default=["base"], help="[base]")
     parser.add_argument("--image-size", type=int, metavar="S", help="[the config's]")
-    parser.add_argument(
-        "--batch-size", nargs="+", type=int, default=[128] if gpu else [4, 8], metavar="B", help="[4 8; a GPU's: 128]"
-    )
+    parser.add_argument("--batch-size", nargs="+", type=int, metavar="B", help="[4 8; a GPU's: 64, of large 32]")
     parser.add_argument(
         "--amp", nargs="+", choices=["off", "bf16", "fp16"], default=["bf16"] if gpu else ["off", "bf16"],
         help="[off bf16; a GPU's: bf16]",
@@ -519,21 +532,24 @@ def main():
     )
     parser.add_argument("--out", metavar="FILE", help="the numbers as JSON")
     args = parser.parse_args()
-    if min(args.repeats, *args.batch_size) < 1 or min(args.processes, default=2) < 2:
+    if min(args.repeats, *(args.batch_size or [1])) < 1 or min(args.processes, default=2) < 2:
         raise runtime.UserError("--repeats and --batch-size must be at least 1, --processes at least 2")
     for name in args.config:
         configuration(name, args.image_size)
+    reason = args.compile and train.no_compiler(here)
+    if reason:
+        raise runtime.UserError(f"--compile: {reason}")
     device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, medians of {args.repeats}\n")
     found = {"device": device, "torch": torch.__version__}
     kinds = ["textbook", "here", "here, recomputed"] + ["here, compiled"] * args.compile
 
-    def show(title, measure):
-        """Prints a table as soon as its rows are measured, and keeps it."""
+    def show(title, measure, **labels):
+        """Prints a table as soon as its rows are measured, and keeps it; or why they could not be."""
         try:
             rows = measure()
         except Failed as failed:
-            rows = [{"config": name, "amp": amp, "failed": str(failed)}]
+            rows = [labels | {"failed": str(failed)}]
         found[title] = found.get(title, []) + rows
         print(table(title, rows), flush=True)
         if args.out:
@@ -545,12 +561,13 @@ def main():
 
     show("sent by a process for the negatives of 16 pairs, MB", negatives)
     for name, amp in itertools.product(args.config, args.amp):
-        show("retrieval", lambda: in_a_process(bench_retrieval, args, name, amp))
-        show("MoMo's encoder, forward and backward", lambda: in_a_process(bench_visible, args, name, amp))
-        for b in args.batch_size:
-            show("a step of stage vl", lambda: bench_step(args, kinds, name, amp, b))
-        pair = ["here", "MoMo"]
-        show("a step of VLMo and of MoMo", lambda: bench_step(args, pair, name, amp, args.batch_size[0]))
+        batches = args.batch_size or ([32 if name == "large" else 64] if gpu else [4, 8])
+        of, b, pair = {"config": name, "amp": amp}, batches[0], ["here", "MoMo"]
+        show("retrieval", lambda: in_a_process(bench_retrieval, args, name, amp), **of)
+        show("MoMo's encoder, forward and backward", lambda: in_a_process(bench_visible, args, name, amp, b), **of)
+        for batch in batches:
+            show("a step of stage vl", lambda: bench_step(args, kinds, name, amp, batch), **of, batch=batch)
+        show("a step of VLMo and of MoMo", lambda: bench_step(args, pair, name, amp, b), **of, batch=b)
 
 
 if __name__ == "__main__":

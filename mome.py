@@ -140,9 +140,11 @@ class GELULinear(torch.autograd.Function):
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
             to_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x)
+        rows = grad.flatten(0, -2)  # (B·R, D)
         if ctx.needs_input_grad[1]:
-            rows = grad.flatten(0, -2)  # (B·R, D)
-            to_weight, to_bias = rows.T @ F.gelu(x).flatten(0, -2), rows.sum(0)
+            to_weight = rows.T @ F.gelu(x).flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            to_bias = rows.sum(0)
         return to_x, to_weight, to_bias
 
 

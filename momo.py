@@ -1,5 +1,5 @@
 """MoMo as its differences from VLMo: Sections 3.1 to 3.6 of "MoMo: A shared Encoder Model for text, image and
-multi-Modal representations". VLMo's files read complete without this one.
+multi-Modal representations". VLMo's equations read complete without this file.
 
 The encoder is the trunk of mome.py with shared experts: one standard Transformer, with the heads of VLMo for contrast
 and matching. In the masked objectives it sees visible tokens only. Shallow decoders put mask tokens back in place and
@@ -25,9 +25,9 @@ DECODERS = {"tiny": (2, 64, 2), "base": (8, 512, 16), "base_plus": (8, 512, 16),
 def misfit(config):
     """Why the encoder of this Config is not MoMo's, or None."""
     rules = {"experts": "shared", "attention": "shared", "position": "absolute"}
-    wrong = [f"{name} {value}" for name, value in rules.items() if vars(config)[name] != value]
-    if wrong:
-        return f"--model momo is one Transformer for all rows: it needs {', '.join(wrong)}"
+    needed = [f"{name} {value}" for name, value in rules.items() if vars(config)[name] != value]
+    if needed:
+        return f"--model momo is one Transformer for all rows: it needs {', '.join(needed)}"
     if config.image_size // config.patch_size < 2:
         return "--model momo reconstructs hidden patches from others: it needs more than one"
 

@@ -148,7 +148,7 @@ class Runtime:
 
 def keep_memory():
     """What tensors free stays with the process, where the C library is glibc. Else every large tensor is handed out by
-    the kernel anew, which zeroes it page by page: a tenth of a step's time."""
+    the kernel anew, which zeroes it page by page: a sixth to a quarter of a step's time."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back

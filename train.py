@@ -62,7 +62,7 @@ TINY = {
     "vl": {"batch_size": 64, "steps": 750, "warmup": 75, "lr": 1e-3},
 }
 # MoMo (its Section 3.6): 64 a device on 64 devices; 1600 epochs of ImageNet, at MAE's rate of 1.5e-4 for each 256 of a
-# batch; then twice 100 of 6.6 M documents.
+# batch; then twice 100 times 6.6 M samples, as many as it has documents.
 MOMO = {
     "image": {"batch_size": 4096, "steps": 500_000, "warmup": 12_500, "lr": 2.4e-3, "clip": 0.0},
     "text": {"batch_size": 4096, "steps": 161_000, "warmup": 16_100, "lr": 5e-5, "clip": 0.0, "max_text_len": 196},
@@ -837,13 +837,21 @@ def recompute(stage):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def compile_blocks(stage, here):
-    """Compiles the blocks, or says why not. They share their code: kinds of input × lower, last, fusing × training."""
+def no_compiler(here):
+    """Why torch.compile does not work here, or None."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=here.device))
     except torch._dynamo.exc.TorchDynamoException as error:
-        here.print(f"--compile: there is no compiler, the blocks run as they are ({runtime.first_line(error)})")
+        return f"there is no compiler ({runtime.first_line(error)})"
+
+
+def compile_blocks(stage, here):
+    """Compiles the blocks, or says why not."""
+    reason = no_compiler(here)
+    if reason:
+        here.print(f"--compile: {reason}, the blocks run as they are")
         return
+    # All blocks share their code, which is compiled for each kind of input, of block (lower, last, fusing) and of mode.
     torch._dynamo.config.recompile_limit = 64
     for block in blocks(stage):
         block.compile()
@@ -886,7 +894,7 @@ def run(args, here, job, start):
         f"  learns: {', '.join(weights.groups(n for n, p in model.named_parameters() if p.requires_grad))}"
     )
     names, history = [], []
-    unreadable, clock = Unreadable(len(job.samples)), time.perf_counter()
+    clock = time.perf_counter()
 
     def log(step):
         """Averages since the last log, over steps and processes; on all processes, which stop together if need be."""
@@ -895,7 +903,8 @@ def run(args, here, job, start):
         check_finite(args.stage, names if args.amp != "fp16" else names[:-1], step - len(rows) + 1, rows)
         values = {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows))}
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
-        files = here.mean(torch.tensor(float(len(unreadable.files)), device=here.device)) * here.world
+        files = sum(len(reader.files) for reader in unreadable.values())
+        files = here.mean(torch.tensor(float(files), device=here.device)) * here.world
         rate = {f"{job.unit}_per_s": args.batch_size * len(rows) / seconds}
         metrics.write(step=step, **values, lr=lr, **rate, unreadable=round(files))
         shown = [*stage.weights, "gradient norm"]
@@ -929,14 +938,14 @@ def run(args, here, job, start):
         state |= {name: part.state_dict() for name, part in (("head", stage.head), *parts)}
         runtime.save(path, described | state | job.kept | {"step": step, "record": record})
 
-    loaders = {"": loader(args, here, job.samples, done * args.accumulate)}
-    if job.beside:
-        loaders[momo.BESIDE] = loader(args, here, job.beside, done * args.accumulate)
+    sources = {"": job.samples} | ({momo.BESIDE: job.beside} if job.beside else {})
+    loaders = {prefix: loader(args, here, samples, done * args.accumulate) for prefix, samples in sources.items()}
+    unreadable = {prefix: Unreadable(len(samples)) for prefix, samples in sources.items()}
 
     def next_batch():
         batches = {prefix: next(batches) for prefix, batches in loaders.items()}
-        for batch in batches.values():
-            unreadable.check(batch)
+        for prefix, batch in batches.items():
+            unreadable[prefix].check(batch)
         return {f"{prefix}{name}": tensor for prefix, batch in batches.items() for name, tensor in batch.items()}
 
     bar = tqdm(total=args.steps, initial=done, disable=not here.main, unit="step", mininterval=1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mome import CONFIGS, Branch, Config, MoME, VLMo, relative_index
+from mome import CONFIGS, Branch, Config, GELULinear, MoME, VLMo, relative_index
 
 SMALL = Config(dim=24, layers=3, heads=3, vl_layers=1, image_size=16, patch_size=4, vocab_size=50, max_text_len=12)
 VARIANTS = {
@@ -105,6 +105,20 @@ def test_block_is_equations_1_and_2(switches, layer, pair_expert):
     for kind, T in {"pair": 12, "image": 0, "text": 29}.items():
         expected = plain_block(block, x, T, modality[kind], mask)
         torch.testing.assert_close(block(x, kind, T, mask[:, None, None]), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("learns", [(1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1)])
+def test_gelu_computed_twice_has_the_gradients_of_gelu_kept(learns):
+    torch.manual_seed(0)
+    parts = [
+        torch.randn(shape).double().requires_grad_(bool(on)) for shape, on in zip(((2, 5, 8), (3, 8), (3,)), learns)
+    ]
+    x, weight, bias = parts
+    wanted, found = F.linear(F.gelu(x), weight, bias), GELULinear.apply(x, weight, bias)
+    assert torch.equal(wanted, found)
+    inputs, grad = [part for part in parts if part.requires_grad], torch.randn(2, 5, 3).double()
+    for one, other in zip(torch.autograd.grad(wanted, inputs, grad), torch.autograd.grad(found, inputs, grad)):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_relative_bias_is_added_to_the_scores():

@@ -289,9 +289,12 @@ def small_world(monkeypatch):
 def test_the_stages_train_one_from_another_and_serve_the_tasks(small_world, tmp_path, monkeypatch):
     out = {stage: tmp_path / stage for stage in ("image", "text", "vl")}
     brief = ["--batch-size", 8, "--steps", 3, "--log-every", 1]
+    sizes, real = [], train.Unreadable
+    monkeypatch.setattr(train, "Unreadable", lambda size: sizes.append(size) or real(size))
     call(monkeypatch, train, *BRIEF, *brief, "--stage", "image", "--out", out["image"])
     call(monkeypatch, train, *brief, "--stage", "text", "--init", out["image"] / "last.pt", "--out", out["text"])
     call(monkeypatch, train, *brief, "--stage", "vl", "--init", out["text"] / "last.pt", "--out", out["vl"])
+    assert len(sizes) == 5  # what cannot be read is counted, and judged, for each loader
     first, last = ({stage: metrics(folder)[row] for stage, folder in out.items()} for row in (0, -1))
     assert "mim" in first["image"] and {"mim", "mlm", "texts_per_s"} <= first["text"].keys()
     assert {"cmm mim", "cmm mlm", "mlm", "itc", "itm", "pairs_per_s"} <= first["vl"].keys()
