@@ -24,8 +24,20 @@ SMALL = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8 --batch-si
 SMALL += ["--steps", "100", "--drop-path", "0.1"]
 
 
+KNOWN = {}
+
+
+def vocabulary(captions, size, train_tokenizer=data.train_tokenizer):
+    """Trained once for all the tests that ask for the same."""
+    key = tuple(captions), size
+    if key not in KNOWN:
+        KNOWN[key] = train_tokenizer(captions, size)
+    return KNOWN[key]
+
+
 def call(monkeypatch, script, *flags):
     """A script's main in this process."""
+    monkeypatch.setattr(data, "train_tokenizer", vocabulary)
     monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, flags)])
     script.main()
 
@@ -104,7 +116,7 @@ def test_the_same_seed_gives_the_same_bits_for_any_number_of_workers(run, tmp_pa
     assert losses_of(run) == losses_of(tmp_path)
 
 
-def test_another_seed_gives_other_losses(tmp_path, monkeypatch):
+def test_another_seed_gives_other_losses(small_world, tmp_path, monkeypatch):
     flags = [*SMALL, "--steps", 2, "--log-every", 2]
     for seed in (0, 1):
         call(monkeypatch, train, *flags, "--out", tmp_path / str(seed), "--seed", seed)
@@ -139,7 +151,7 @@ def test_resuming_a_killed_run_gives_the_same_bits(run, tmp_path, monkeypatch, c
     assert [entry["step"] for entry in metrics(tmp_path)] == [30, 50, 60, 90, 100, 100]
 
 
-def test_a_second_run_in_the_same_folder_moves_the_first_aside(tmp_path, monkeypatch, capsys):
+def test_a_second_run_in_the_same_folder_moves_the_first_aside(small_world, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for _ in range(3):
         call(monkeypatch, train, *SMALL, "--steps", 1, "--out", out)
@@ -170,7 +182,7 @@ def test_init_starts_from_a_checkpoint(run, tmp_path, monkeypatch):
     assert after["tokenizer"] == before["tokenizer"] and after["config"] == before["config"]
 
 
-def test_accumulated_passes_give_the_mean_of_their_gradients(tmp_path, monkeypatch):
+def test_accumulated_passes_give_the_mean_of_their_gradients(small_world, tmp_path, monkeypatch):
     """MLM alone has no negatives, and equal counts make the mean of means the mean: same step, in one pass or two."""
     flags = [*SMALL, "--steps", 1, "--itc-weight", 0, "--itm-weight", 0, "--log-every", 1, "--clip", 0]
     same = lambda self, ids, rng: (ids, torch.where(torch.arange(len(ids)) == 1, ids, data.IGNORE))
@@ -193,12 +205,12 @@ def test_accumulated_passes_give_the_mean_of_their_gradients(tmp_path, monkeypat
         "--recompute --drop-path 0.2",
     ],
 )
-def test_every_variant_trains(flags, tmp_path, monkeypatch):
+def test_every_variant_trains(flags, small_world, tmp_path, monkeypatch):
     call(monkeypatch, train, *SMALL, "--steps", 2, "--out", tmp_path, *flags.split())
     assert runtime.load(tmp_path / "last.pt")["step"] == 2
 
 
-def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch):
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale(small_world, tmp_path, monkeypatch):
     real, contents = torch.amp.GradScaler, {}
     for power in (10, 40):
         scaler = lambda device, enabled: real(device, init_scale=2.0**power, enabled=enabled)
