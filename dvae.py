@@ -1,4 +1,4 @@
-"""The discrete image tokenizer whose codes stage image predicts: a small convolutional discrete VAE.
+"""The discrete image tokenizer whose codes stage image predicts: a small convolutional discrete VAE, and its stage.
 
 The paper's come from DALL-E (Section 3.4, by way of BEiT). This one is of the same kind: an encoder gives each cell of
 a grid a distribution over a codebook, a decoder makes the image from one code a cell, and both learn through the
@@ -9,12 +9,19 @@ Shape letters: B batch, W processes, G cells on a side of the grid, N = G² cell
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
+import checkpoint
+import data
 import losses
+import sources
+from runtime import UserError, at_least, seed_all
+from stage import Stage, config_flags, over_processes
 
 CELL = 8  # pixels on a side that one code stands for, as in DALL-E: images are scaled to 8G × 8G first
 HOT, COLD = 1.0, 1 / 16  # the relaxation's temperature at the start and at the end of training (DALL-E's)
@@ -43,7 +50,7 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-class DVAE(nn.Module):
+class Tokenizer(nn.Module):
     """encode: image → codes. decode: codes → image. forward: what dvae_losses learns from."""
 
     def __init__(self, config):
@@ -111,3 +118,88 @@ def codebook_use(counts):
     """counts (K,): how often each code serves → how many do, and their perplexity exp(entropy): K if all do equally."""
     share = counts.double() / counts.sum()
     return int((share > 0).sum()), math.exp(-(share * share.clamp(min=1e-20).log()).sum().item())
+
+
+# ---- The stage ------------
+
+
+class DVAE(Stage):
+    """The tokenizer of stage image: reconstruction, and the use of the codebook."""
+
+    unit, betas, weight_decay, decay = "images", (0.9, 0.99), 0.0, "cosine"
+    recipe = {
+        "tiny": dict(batch_size=32, steps=400, warmup=50, lr=3e-3, clip=1.0, save_every=100, codes=256, width=128),
+        "base": dict(batch_size=512, steps=20_000, warmup=1000, lr=1e-3, clip=1.0, codes=8192, width=256),
+    }
+
+    @staticmethod
+    def flags(parser, base):
+        group = parser.add_argument_group("stage dvae")
+        group.add_argument("--codes", type=at_least(2), metavar="K", help="size of the codebook")
+        group.add_argument("--width", type=at_least(1), metavar="C", help="channels")
+        group.add_argument("--kl-weight", type=at_least(0.0), default=0.002, metavar="W", help="of the codebook's use")
+        data.flags(parser, images="crop")
+        config_flags(parser, base, ("image_size", "patch_size"))
+
+    def __init__(self, args, config, start, run):
+        super().__init__()
+        self.out, self.steps, self.image_size = args.out, args.steps, config.image_size
+        self.loss_weights = {"reconstruction": 1.0, "kl": args.kl_weight}
+        self.sources = sources.read_splits(args.splits, lambda split: sources.pictures(args.data, split, self.image_size))
+        seed_all(args.seed)
+        self.model = Tokenizer(DVAEConfig(config.image_size // config.patch_size, args.codes, args.width))
+        if start:
+            checkpoint.load_exactly(self.model, start.tensors, start.path)
+        self.samples = [data.Images(self.sources["train"], self.image_size, args)]
+
+    def forward(self, batch):
+        """batch: image (b, 3, S, S)."""
+        progress = self.step / self.steps
+        pixels, reconstruction, logits = self.model(batch["image"], temperature(progress))
+        out = dvae_losses(pixels, reconstruction, logits)
+        codes = torch.bincount(logits.detach().argmax(-1).flatten(), minlength=logits.shape[-1])  # (K,)
+        out["codes"] = (losses.gather(codes[None]).sum(0) > 0).sum().float()  # used in this batch
+        return out
+
+    @torch.no_grad()
+    def measure(self, split, device):
+        """How many codes are used, their perplexity, and the mean squared error of reconstructions from codes only
+        (pixels in −1 … 1). Writes a picture of 16 reconstructions."""
+        self.eval()
+        source = self.sources[split]
+        if losses.rank() == 0:
+            self.sheet(source, device).save(Path(self.out, f"reconstructions-{split}.png"))
+        used = torch.zeros(self.model.config.codes, dtype=torch.float64, device=device)
+        error = torch.zeros(1, dtype=torch.float64, device=device)
+        for image in data.pictures(source, data.sample_batches(len(source)), self.image_size, device):
+            codes = self.model.encode(image)
+            used += torch.bincount(codes.flatten(), minlength=len(used))
+            error += (self.model.decode(codes) - self.model.pixels(image)).square().mean((1, 2, 3)).sum()
+        error, *used = over_processes(torch.cat([error, used]))
+        serving, perplexity = codebook_use(torch.tensor(used))
+        return {"codes": serving, "perplexity": perplexity, "error": error / min(len(source), 10_000)}
+
+    def sheet(self, source, device):
+        """A picture: the first 16 of a source, above their reconstructions from codes only."""
+        [image] = data.pictures(source, [range(min(16, len(source)))], self.image_size, device)
+        pixels = self.model.pixels(image)
+        rows = torch.stack([pixels, self.model.decode(self.model.encode(pixels))])  # (2, n, 3, s, s)
+        sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (2s, n·s, 3)
+        return Image.fromarray((127.5 * (sheet + 1)).round().clamp(0, 255).byte().cpu().numpy())
+
+
+def read(path):
+    """A checkpoint of stage dvae → {"config", "model"}, what stage image keeps of it."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; python train.py --stage dvae makes one (or name one with --dvae)")
+    found = checkpoint.read(path)
+    if found.stage != "dvae":
+        raise UserError(f"{path} is of stage {found.stage}, where a dVAE is needed")
+    return {"config": found.config, "model": found.tensors}
+
+
+def build(kept, path):
+    """The tokenizer of what read() returned, frozen."""
+    tokenizer = Tokenizer(DVAEConfig(**kept["config"])).requires_grad_(False)
+    checkpoint.load_exactly(tokenizer, kept["model"], path)
+    return tokenizer

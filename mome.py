@@ -69,7 +69,7 @@ CONFIGS = {
 class Router(nn.ModuleDict):
     """Sends every row to the module of its modality, as Section 3.2 selects experts.
 
-    Modules: `shared` alone (all rows), or `language` and `vision`, with or without `vl` (all rows of a pair).
+    Modules: only `shared` (all rows), or `language` and `vision`, with or without `vl` (all rows of a pair).
     """
 
     def forward(self, x, kind, T):
@@ -98,16 +98,20 @@ class Attention(nn.Module):
         self.out = Router({name: nn.Linear(D, D) for name in names})
 
     def forward(self, x, kind, T, bias, rows):
-        """x (B, S, D) → (B, R, D): the first `rows` (None: all) rows ask, all rows answer.
+        """x (B, S, D) → (B, R, D): queries come from the first `rows` rows (None: all), keys and values from all.
 
         bias: None, a mask of keys (B, 1, 1, S), True = may be read, or scores to add (B or 1, H, S, S).
         """
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, ·, D) → (B, H, ·, D/H)
-        q = split(self.query(x[:, :rows], kind, T))
-        k, v = split(self.key(x, kind, T)), split(self.value(x, kind, T))
+        q = self.split_heads(self.query(x[:, :rows], kind, T))  # (B, H, R, D/H)
+        k = self.split_heads(self.key(x, kind, T))  # (B, H, S, D/H)
+        v = self.split_heads(self.value(x, kind, T))
         bias = bias if bias is None else bias[:, :, :rows]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, R, D/H)
         return self.out(y.transpose(1, 2).flatten(2), kind, T)
+
+    def split_heads(self, y):
+        """(B, ·, D) → (B, H, ·, D/H)."""
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Expert(nn.Module):
@@ -125,8 +129,8 @@ class Expert(nn.Module):
 
 
 class GELULinear(torch.autograd.Function):
-    """Linear(GELU(x)). For the backward pass it keeps x alone, and computes GELU(x) once more: a fifth less to keep
-    of a step, for no time that could be measured."""
+    """Linear(GELU(x)). Keeps only x for the backward pass, which computes GELU(x) again: a step keeps a fifth less, at
+    no measurable cost in time."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -149,8 +153,7 @@ class GELULinear(torch.autograd.Function):
 
 
 class Branch(nn.Module):
-    """What happens to a residual branch (B, R, D) before it is added: LayerScale, then drop-path (of a sample's whole
-    branch)."""
+    """LayerScale, then drop-path, of a residual branch (B, R, D). Drop-path drops a sample's whole branch."""
 
     def __init__(self, config, drop):
         super().__init__()
@@ -180,17 +183,17 @@ class Block(nn.Module):
         self.attention_branch, self.expert_branch = Branch(config, drop), Branch(config, drop)
 
     def forward(self, x, kind, T, bias, rows=None):
-        """x (B, S, D) → (B, R, D): the first `rows` rows (None: all S), having read all of them."""
+        """x (B, S, D) → (B, R, D): the first `rows` rows (None: all), each of which attended to all S."""
         x = x[:, :rows] + self.attention_branch(self.attention(self.norm(x), kind, T, bias, rows))  # Eq. (1)
-        x = x + self.expert_branch(self.experts(x, kind, T))  # Eq. (2); the LN is the expert's
+        x = x + self.expert_branch(self.experts(x, kind, T))  # Eq. (2); the LN is in the expert
         return x
 
 
 class MoME(nn.Module):
     """The trunk: embeddings, L blocks, final norm; one path for image-only, text-only and pair inputs.
 
-    `rows` in the three encoders: how many leading rows the last block computes (None: all). Readers of [CLS] alone
-    ask for 1, readers of a pair's text for T, and save the rest of that block.
+    `rows` in the three encoders: how many leading rows the last block computes (None: all). Whoever reads only [CLS]
+    asks for 1, whoever reads only a pair's text for T, and the rest of that block is saved.
     """
 
     def __init__(self, config):
@@ -206,7 +209,7 @@ class MoME(nn.Module):
             self.text_position = embedding(config, config.max_text_len, D)
             self.image_position = embedding(config, 1 + side * side, D)
         else:
-            with torch.device("cpu"):  # real where the rest is built on device "meta"
+            with torch.device("cpu"):  # indices have values even where the model is built on device "meta"
                 text, image, size = relative_index(config.max_text_len, side, config.text_reach)
             self.register_buffer("text_index", text, persistent=False)
             self.register_buffer("image_index", image, persistent=False)
@@ -246,14 +249,17 @@ class MoME(nn.Module):
         return self.encode_rows(self.embed_words(text), "text", text.shape[1], mask, rows)
 
     def encode_pair(self, text, mask, image, image_type=1, rows=None):
-        """As above, together → (B, T+1+N, D) after the final norm. image_type 2 is NLVR2's second image."""
+        """text, mask (B, T) and image (B, 3, S, S) as above → (B, T+1+N, D) after the final norm, text first.
+
+        image_type 2 is NLVR2's second image.
+        """
         text, image = self.embed_words(text), self.embed_patches(image, image_type)
         mask = F.pad(mask, (0, image.shape[1]), value=True)  # (B, T+1+N)
         return self.encode_rows(torch.cat([text, image], dim=1), "pair", text.shape[1], mask, rows)
 
     def encode_rows(self, x, kind, T, mask, rows=None):
-        """Embedded rows x (B, S, D) of an input of `kind`, whose first T are text, mask (B, S) bool or None → (B, S or
-        rows, D) after the final norm."""
+        """Embedded rows x (B, S, D) of an input of `kind`, the first T of them text, mask (B, S) bool or None
+        → (B, R, D) after the final norm."""
         mask = mask if mask is None else mask[:, None, None]  # (B, 1, 1, S)
         biases = [mask] * len(self.blocks) if self.config.position == "absolute" else self._relative_bias(kind, T, mask)
         for block, bias in zip(self.blocks, biases):
@@ -261,7 +267,7 @@ class MoME(nn.Module):
         return self.norm(x)
 
     def _relative_bias(self, kind, T, mask):
-        """Scores to add, per layer: the table's (1, H, S, S), with −inf on masked keys: (B, H, S, S)."""
+        """Yields each layer's bias: the table's scores (1, H, S, S), or with −inf on masked keys (B, H, S, S)."""
         index = self.image_index if kind == "image" else self.text_index[:T, :T]
         if kind == "pair":
             across = self.image_index.max() + 1  # the row of (text, image); (image, text) is the next
@@ -300,8 +306,8 @@ def embedding(config, *shape):
 
 
 def initialise(root, config):
-    """Normal for matrices (trunc_normal_ cuts at ±2: that is 40 deviations and more), zero for biases; norms keep their
-    ones and zeros."""
+    """Initialises all matrices below `root` from a normal distribution, and their biases with zero. Norms keep their
+    ones and zeros. (trunc_normal_ cuts at ±2, which is 40 standard deviations or more.)"""
     for module in root.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             nn.init.trunc_normal_(module.weight, std=config.init_std)
@@ -336,7 +342,7 @@ class VLMo(MoME):
         return unit(self.itc_text(self.encode_text(text, mask, rows=1)[:, 0]))
 
     def scale(self):
-        """1/σ of Eq. (4), at most 100. The parameter itself is held there, so that its gradient never dies."""
+        """1/σ of Eq. (4), at most 100. The parameter itself is clamped, so that its gradient never vanishes."""
         with torch.no_grad():
             self.logit_scale.clamp_(max=math.log(100))
         return self.logit_scale.exp()
@@ -347,8 +353,8 @@ class VLMo(MoME):
 
 
 class MIMHead(nn.Module):
-    """What stage image adds to the trunk, and later stages leave behind: the mask embedding, and a classifier of the
-    masked patches over K visual tokens (Section 3.4, as in BEiT)."""
+    """What only stage image needs: the embedding of masked patches, and their classifier over K visual tokens
+    (Section 3.4, as in BEiT)."""
 
     def __init__(self, config, codes):
         super().__init__()
@@ -366,65 +372,6 @@ def classifier(config, inputs, classes):
     hidden = 2 * config.dim
     head = nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))
     return initialise(head, config)
-
-
-class VQA(nn.Module):
-    """Visual question answering: the fusion encoder, and a classifier of [T_CLS] over A answers (Section 4.3)."""
-
-    def __init__(self, model, answers):
-        super().__init__()
-        self.model, self.head = model, classifier(model.config, model.config.dim, answers)
-
-    def forward(self, batch):
-        """batch: image (B, 3, S, S), text, mask (B, T) → logits (B, A)."""
-        hidden = self.model.encode_pair(batch["text"], batch["mask"], batch["image"], rows=1)
-        return self.head(self.model.pool(hidden))
-
-
-class NLVR2(nn.Module):
-    """Visual reasoning: two pairs, of the statement and one image each; a classifier of both [T_CLS] (Section 4.3)."""
-
-    def __init__(self, model, classes=2):
-        super().__init__()
-        self.model, self.head = model, classifier(model.config, 2 * model.config.dim, classes)
-
-    def forward(self, batch):
-        """batch: image (B, 2, 3, S, S), left and right; text, mask (B, T) → logits (B, 2), class 1 = true."""
-        pooled = []
-        for image_type, image in enumerate(batch["image"].unbind(1), start=1):
-            hidden = self.model.encode_pair(batch["text"], batch["mask"], image, image_type, rows=1)
-            pooled.append(self.model.pool(hidden))  # (B, D)
-        return self.head(torch.cat(pooled, dim=1))
-
-
-class Classifier(nn.Module):
-    """Image classification with the vision experts alone (Table 3): a linear layer on the mean of the patches."""
-
-    def __init__(self, model, classes):
-        super().__init__()
-        D = model.config.dim
-        self.model = model
-        self.head = nn.Sequential(Standardise(D), initialise(nn.Linear(D, classes), model.config))
-
-    def features(self, batch):
-        """batch: image (B, 3, S, S) → (B, D)."""
-        return self.model.encode_image(batch["image"])[:, 1:].mean(1)
-
-    def forward(self, batch):
-        """batch: image (B, 3, S, S) → logits (B, classes)."""
-        return self.head(self.features(batch))
-
-
-class Standardise(nn.Module):
-    """(x − mean) / deviation of features (B, D): numbers that are given once; 0 and 1 until then."""
-
-    def __init__(self, features):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("deviation", torch.ones(features))
-
-    def forward(self, x):
-        return (x - self.mean) / self.deviation
 
 
 def unit(x):

@@ -1,42 +1,44 @@
-"""MoMo as its differences from VLMo: Sections 3.1 to 3.6 of "MoMo: A shared Encoder Model for text, image and
-multi-Modal representations". VLMo's equations read complete without this file.
+"""MoMo as its differences from VLMo: Sections 3.1 to 3.6 of "MoMo: A shared Encoder Model for text,
+image and multi-Modal representations". VLMo's equations read complete without this file.
 
-The encoder is the trunk of mome.py with shared experts: one standard Transformer, with the heads of VLMo for contrast
-and matching. In the masked objectives it sees visible tokens only. Shallow decoders put mask tokens back in place and
-reconstruct what is hidden; each stage and each modality has its own, and later stages leave them behind.
+The encoder is the trunk of mome.py with shared experts: one standard Transformer, with the heads of
+VLMo for contrast and matching. In the masked objectives it sees only visible tokens. Shallow decoders
+put mask tokens back in place and reconstruct what is hidden; each stage and each modality has its
+own, and later stages leave them behind.
 
-Shape letters as in mome.py; K visible rows, E width of a decoder, P = 3·patch_size² values of a patch, M hidden tokens.
+Shape letters: b batch, T text tokens, N patches, S rows of a sequence, D dim, V vocabulary; K visible
+rows, E width of a decoder, P = 3·patch_size² values of a patch, M hidden tokens.
 """
 
 import dataclasses
+import functools
+import random
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoint
 import data
 import losses
-from mome import Block, embedding, initialise
+import sources
+import texts
+from mome import Block, Config, embedding, initialise
+from runtime import UserError
+from stage import Stage, config_flags, masked_words, over_processes, weight_flag
+from stages import VL
+from texts import IGNORE, Words, cut
 
-RATIO = {"image": 0.75, "text": 0.15, "pair": 0.75}  # masked: of patches, of tokens, of both (Section 3.2)
-DECODERS = {"tiny": (2, 64, 2), "base": (8, 512, 16), "base_plus": (8, 512, 16), "large": (8, 512, 16)}  # layers, E, H
+RATIO = {"image": 0.75, "text": 0.15, "pair": 0.75}  # hidden: of patches, tokens, both (Section 3.2)
 
+# Layers, E and heads of the decoders
+DECODERS = {"tiny": (2, 64, 2), "base": (8, 512, 16), "base_plus": (8, 512, 16), "large": (8, 512, 16)}
 
-def misfit(config):
-    """Why the encoder of this Config is not MoMo's, or None."""
-    rules = {"experts": "shared", "attention": "shared", "position": "absolute"}
-    needed = [f"{name} {value}" for name, value in rules.items() if vars(config)[name] != value]
-    if needed:
-        return f"--model momo is one Transformer for all rows: it needs {', '.join(needed)}"
-    if config.image_size // config.patch_size < 2:
-        return "--model momo reconstructs hidden patches from others: it needs more than one"
-
-
-# ---- Hiding: in the data, so that it does not depend on the number of processes --------------------------------------
+# ---- Hiding: in the data, so that it does not depend on the number of processes ------------------
 
 
 def hide(ratio, rng, candidates):
-    """Candidates chosen at random: exactly round(ratio · their number), at least one where there is any."""
+    """Candidates chosen at random: exactly round(ratio · their number), at least one if there is any."""
     count = min(len(candidates), max(1, round(ratio * len(candidates))))
     return sorted(rng.sample(candidates, count))
 
@@ -48,45 +50,55 @@ def hide_patches(ratio, patches, rng):
     return hidden
 
 
-class HiddenWords(data.Words):
-    """Texts of which tokens are hidden: they leave the encoder's input, nothing stands for them."""
+class HiddenWords(Words):
+    """Texts of which tokens are hidden: the encoder does not see them, not even as [MASK]."""
 
     def __init__(self, tokenizer, length, ratio):
         super().__init__(tokenizer, length)
         self.ratio = ratio
 
     def mask_words(self, ids, rng):
-        """ids (T,) → the same with [MASK] where a token is hidden, which no one reads; labels (T,), −100 = visible."""
+        """ids (T,) → the same with [MASK] where a token is hidden; labels (T,), −100 = visible."""
         special = torch.tensor([self.pad, self.cls, self.sep])
-        at = hide(self.ratio, rng, torch.isin(ids, special, invert=True).nonzero()[:, 0].tolist())
-        labels = torch.full_like(ids, data.IGNORE)
+        candidates = torch.isin(ids, special, invert=True).nonzero()[:, 0].tolist()
+        at = hide(self.ratio, rng, candidates)
+        labels = torch.full_like(ids, IGNORE)
         labels[at] = ids[at]
-        return ids.masked_fill(labels != data.IGNORE, self.mask), labels
+        return ids.masked_fill(labels != IGNORE, self.mask), labels
 
 
-# ---- The encoder and the decoders (Section 3.3) ----------------------------------------------------------------------
+# ---- The encoder and the decoders (Section 3.3) --------------------------------------------------
 
 
 def encode_visible(model, x, visible):
-    """The encoder on visible rows alone, as in MAE. x (b, S, D): embedded rows, which know their positions; visible
-    (b, S) bool → rows (b, K, D) after the final norm, their places (b, K), and which of them are real (b, K), for K is
-    the largest number of visible rows of a sample."""
+    """The encoder on visible rows only, as in MAE.
+
+    x (b, S, D): embedded rows, which know their positions; visible (b, S) bool. → rows (b, K, D) after
+    the final norm, their places (b, K), and which of them are real (b, K): K is the largest number of
+    visible rows of a sample.
+    """
     fewest, K = torch.stack(visible.sum(1).aminmax()).tolist()
-    place = visible.long().argsort(dim=1, descending=True, stable=True)[:, :K]  # visible ones first, in their order
+    visible_first = visible.long().argsort(dim=1, descending=True, stable=True)
+    place = visible_first[:, :K]  # (b, K), in the order of the sequence
     rows, real = x.gather(1, place[..., None].expand(-1, -1, x.shape[2])), visible.gather(1, place)
-    # its one shared expert asks neither for the kind of input nor where its text ends
+    # Its one shared expert needs neither the kind of input nor the end of the text
     return model.encode_rows(rows, "pair", 0, None if fewest == K else real), place, real
 
 
 class Decoder(nn.Module):
-    """Visible rows of the encoder, and a mask token wherever something is hidden → what stood there. Its width is not
-    the encoder's: words are projected back to that, for the token embeddings are the output weights, too."""
+    """Visible rows of the encoder, and a mask token wherever something is hidden → what stood there.
+
+    Words are projected back to the encoder's width, because the token embeddings are the weights of
+    the language modeling head, too.
+    """
 
     def __init__(self, config, shape, modality):
-        """config: the encoder's; shape: a row of DECODERS; modality: "image", "text" or "pair"."""
+        """config: of the encoder; shape: a row of DECODERS; modality: "image", "text" or "pair"."""
         super().__init__()
         layers, E, heads = shape
-        inner = dataclasses.replace(config, dim=E, layers=layers, heads=heads, vl_layers=0, drop_path=0.0)
+        inner = dataclasses.replace(
+            config, dim=E, layers=layers, heads=heads, vl_layers=0, drop_path=0.0
+        )
         self.enter = nn.Linear(config.dim, E)
         self.mask_token = embedding(inner, E)
         self.blocks = nn.ModuleList(Block(inner, layer) for layer in range(layers))
@@ -97,134 +109,367 @@ class Decoder(nn.Module):
             self.words = nn.Linear(E, config.dim)
             self.word_bias = nn.Parameter(torch.zeros(config.vocab_size))
         if modality != "text":
-            self.image_position = embedding(inner, 1 + (config.image_size // config.patch_size) ** 2, E)
+            patches = (config.image_size // config.patch_size) ** 2
+            self.image_position = embedding(inner, 1 + patches, E)
             self.pixels = nn.Linear(E, 3 * config.patch_size**2)
         initialise(self, config)
 
     def forward(self, rows, place, real, mask, T):
-        """rows, place, real as encode_visible gives them; mask (b, S) bool, False = padding, or None; the first T rows
-        are text → (b, S, E)."""
+        """rows, place, real: from encode_visible; mask (b, S) bool, False = padding, or None; the first
+        T rows are text → (b, S, E)."""
         position = [] if self.text_position is None else [self.text_position[:T]]
-        position = torch.cat(position + ([] if self.image_position is None else [self.image_position]))  # (S, E)
+        position += [] if self.image_position is None else [self.image_position]
+        position = torch.cat(position)  # (S, E)
         rows = torch.where(real[..., None], self.enter(rows), self.mask_token.to(rows.dtype))
-        x = self.mask_token.to(rows.dtype).expand(len(rows), *position.shape)
+        x = self.mask_token.to(rows.dtype).expand(len(rows), *position.shape)  # (b, S, E)
         x = x.scatter(1, place[..., None].expand_as(rows), rows) + position
         for block in self.blocks:
             x = block(x, "pair", T, None if mask is None else mask[:, None, None])
         return self.norm(x)
 
 
-# ---- The objectives (Section 3.1) ------------------------------------------------------------------------------------
+def reconstruct(model, decoder, batch):
+    """Hides, encodes and decodes an image, a text or a pair → pixels (M, P) of hidden patches and
+    logits (M, V) of hidden tokens; None for what the batch does not have.
 
-
-def reconstructions(model, decoder, image=None, hidden=None, masked=None, labels=None, mask=None):
-    """Of an image, a text or a pair: pixels (M, P) of hidden patches and logits (M, V) of hidden tokens.
-
-    image (b, 3, S, S) with hidden (b, N) bool; masked (b, T) int64 with labels (b, T), −100 = visible, and mask (b, T)
-    bool, True = real token. What is hidden does not reach the encoder.
+    batch: image (b, 3, S, S) with hidden (b, N) bool; masked, labels (b, T) with mask (b, T) bool,
+    True = real token.
     """
     x, visible, masks, T = [], [], [], 0
-    if masked is not None:
-        T = data.cut(mask)
-        labels, mask = labels[:, :T], mask[:, :T]
-        x, visible, masks = [model.embed_words(masked[:, :T])], [mask & (labels == data.IGNORE)], [mask]
-    if image is not None:
-        x.append(model.embed_patches(image, 1))
-        visible.append(F.pad(~hidden, (1, 0), value=True))  # [I_CLS] is always visible
+    if "masked" in batch:
+        T = cut(batch["mask"])
+        labels, mask = batch["labels"][:, :T], batch["mask"][:, :T]
+        x, visible, masks = [model.embed_words(batch["masked"][:, :T])], [mask & (labels == IGNORE)], [mask]
+    if "hidden" in batch:
+        x.append(model.embed_patches(batch["image"], 1))
+        visible.append(F.pad(~batch["hidden"], (1, 0), value=True))  # [I_CLS] is always visible
         masks.append(torch.ones_like(visible[-1]))
     rows = encode_visible(model, torch.cat(x, dim=1), torch.cat(visible, dim=1))
     out = decoder(*rows, torch.cat(masks, dim=1) if T else None, T)  # (b, S, E)
-    pixels = None if image is None else decoder.pixels(out[:, T + 1 :][hidden])
-    if masked is None:
-        return pixels, None
-    return pixels, F.linear(decoder.words(out[:, :T][labels != data.IGNORE]), model.words.weight, decoder.word_bias)
+
+    pixels = logits = None
+    if "hidden" in batch:
+        pixels = decoder.pixels(out[:, T + 1 :][batch["hidden"]])  # (M, P)
+    if "masked" in batch:
+        hidden_words = decoder.words(out[:, :T][labels != IGNORE])  # (M, D)
+        logits = F.linear(hidden_words, model.words.weight, decoder.word_bias)  # (M, V)
+    return pixels, logits
+
+
+# ---- The objectives (Section 3.1) ----------------------------------------------------------------
 
 
 def mim_loss(pixels, image, hidden, normalised=False):
-    """Eq. (1): the squared error of hidden patches, a mean over them and their values. pixels (M, P); image, hidden as
-    above. normalised: each patch's target has mean 0 and variance 1 (MAE)."""
+    """Eq. (1): the squared error of hidden patches, a mean over them and their values. pixels (M, P);
+    image (b, 3, S, S), hidden (b, N). normalised: targets with mean 0 and variance 1 per patch (MAE)."""
     pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
     error = (pixels - patch_values(image, hidden, normalised)).square().mean(1)  # (M,)
     return losses.global_mean(error.sum(), len(error))
 
 
 def patch_values(image, hidden, normalised):
-    """The targets of Eq. (1): image (b, 3, S, S) uint8, hidden (b, N) bool → (M, P), in −1 … 1 or normalised."""
+    """The targets of Eq. (1): image uint8, hidden (b, N) → (M, P), in −1 … 1 or normalised."""
     size = image.shape[-1] // round(hidden.shape[1] ** 0.5)
     values = F.unfold(image.float() / 127.5 - 1, size, stride=size).transpose(1, 2)[hidden]  # (M, P)
     if normalised:
-        values = (values - values.mean(1, keepdim=True)) / (values.var(1, keepdim=True) + 1e-6).sqrt()
+        mean, variance = values.mean(1, keepdim=True), values.var(1, keepdim=True)
+        values = (values - mean) / (variance + 1e-6).sqrt()
     return values
 
 
 def mlm_loss(logits, labels):
     """Eq. (2): cross-entropy, a mean over hidden tokens. logits (M, V); labels (b, T), −100 = visible."""
-    return losses.masked_token_loss(logits, labels[labels != data.IGNORE])
-
-
-# ---- The stages (Sections 3.2 and 3.5) -------------------------------------------------------------------------------
-
-
-MODALITIES = {"image": ("image",), "text": ("text", "image"), "vl": ("pair", "text")}  # the second is learned beside
-INPUTS = {"image": ("image", "hidden"), "text": ("masked", "labels", "mask")}
-INPUTS["pair"] = INPUTS["image"] + INPUTS["text"]
-BESIDE = "beside: "  # before the names of the second modality in a batch
-LOSSES = {"image": ("mim",), "text": ("mlm",), "pair": ("cmm mim", "cmm mlm")}  # Eq. (3) is the sum of the last two
+    return losses.masked_token_loss(logits, labels[labels != IGNORE])
 
 
 def active(model):
-    """{modality: the parameters that its input passes on its way to [CLS]}: Table 1's counts."""
+    """{modality: the parameters that its input passes on its way to [CLS]}: the counts of Table 1."""
     shared = [model.types, *model.blocks.parameters(), *model.norm.parameters()]
     text = [model.text_position, *model.words.parameters(), *model.text_norm.parameters()]
     image = [model.image_position, model.image_cls, *model.patches.parameters()]
     return {"text": text + shared, "image": image + shared, "pair": text + image + shared}
 
 
-def unread(model, modalities):
-    """Embeddings that no input of these modalities passes."""
-    if modalities == ("image",):
-        yield from (model.words, model.text_norm, model.text_position)
-    if modalities == ("text",):
-        yield from (model.patches, model.image_cls, model.image_position)
+# ---- The stages (Sections 3.2, 3.5, 3.6) ---------------------------------------------------------
 
 
-class Stage(nn.Module):
-    """One stage of three. A step has a batch of each of its modalities, whose losses add up to one gradient: cross-
-    modality gradient accumulation (CMGA)."""
+class MoMo:
+    """What the three stages share: the optimizer (MAE's; the paper names only the schedule), the
+    encoder, decoders, and the losses of one modality."""
 
-    def __init__(self, model, modalities, shape, aligned, normalised=False):
-        """modalities: of MODALITIES; shape: a row of DECODERS; aligned: contrast and matching of whole pairs, a module
-        batch → {"itc", "itm", …} with their weights (train.VisionLanguageStage); normalised: targets of pixels."""
+    betas, weight_decay, decay = (0.9, 0.95), 0.05, "cosine"
+
+    @staticmethod
+    def architecture(base):
+        return dataclasses.replace(base, experts="shared", drop_path=0.0)  # MAE has no drop-path here
+
+    def set_up(self, args, config, start, modalities):
+        """The encoder, and a new decoder per modality, unless a run of this stage is resumed."""
+        self.model, self.origin = checkpoint.begin(config, start, args.seed)
+        shape = DECODERS[args.config]
+        self.head = nn.ModuleDict({name: Decoder(config, shape, name) for name in modalities})
+        if start and start.resumed:
+            checkpoint.load_exactly(self.head, start.head, start.path)
+        self.takes_turns = args.stage != "momo-image" and args.no_cmga
+
+    def trains(self, number):
+        """Whether this step trains modality 0 or 1: both in every step with CMGA, else in turn."""
+        return not self.takes_turns or self.step == 0 or self.step % 2 == number
+
+    def mim(self, images):
+        """Eq. (1)."""
+        pixels, _ = reconstruct(self.model, self.head["image"], images)
+        return mim_loss(pixels, images["image"], images["hidden"], self.normalised)
+
+    def mlm(self, batch):
+        """Eq. (2)."""
+        return mlm_loss(self.predict(batch), batch["labels"])
+
+    def predict(self, batch):
+        """→ logits (M, V) of the hidden tokens of a text."""
+        inputs = {name: batch[name] for name in ("masked", "labels", "mask")}
+        return reconstruct(self.model, self.head["text"], inputs)[1]
+
+    def hidden_words(self, tokenizer, config, modality):
+        return HiddenWords(tokenizer, config.max_text_len, RATIO[modality])
+
+
+def check_encoder(config):
+    """UserError if the encoder of this Config is not MoMo's."""
+    if (config.experts, config.attention, config.position) != ("shared", "shared", "absolute"):
+        needs = "--experts shared, --attention shared, --position absolute"
+        raise UserError(f"MoMo is one Transformer for all rows: start from its own checkpoint ({needs})")
+    if config.image_size // config.patch_size < 2:
+        raise UserError("MoMo reconstructs hidden patches from others, and one patch has no other")
+
+
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+ENCODER = [name for name in FIELDS if name not in ("experts", "attention", "position", "text_reach")]
+
+
+def two_flags(group):
+    """Flags of the two stages that learn two modalities."""
+    group.add_argument(
+        "--texts", nargs="+", default=["shapes"], metavar="PATH", help="plain text; shapes: built-in"
+    )
+    group.add_argument("--no-simultaneous", action="store_true", help="one modality only (Table 6)")
+    turns = "the modalities take turns, an update for each (Table 6)"
+    group.add_argument("--no-cmga", action="store_true", help=turns)
+
+
+def check_two(args, unused):
+    """UserError for flags that contradict each other. unused: what --no-simultaneous leaves out."""
+    if args.no_simultaneous and (args.no_cmga or unused != ["shapes"]):
+        raise UserError("--no-simultaneous leaves one modality: no second one, and no --no-cmga")
+    if not args.no_simultaneous and (args.data == ["shapes"]) != (args.texts == ["shapes"]):
+        raise UserError("--data and --texts: name both, or leave both to the built-in world")
+
+
+class MoMoImage(MoMo, Stage):
+    """Stage 1: reconstructs hidden patches of images (Eq. 1)."""
+
+    unit = "images"
+    recipe = {
+        "tiny": dict(batch_size=64, steps=600, warmup=60, lr=1e-3, clip=1.0, save_every=100),
+        # 1600 epochs of ImageNet-1k, 64 samples on each of 64 devices, MAE's 1.5e-4 per 256 of a batch
+        "base": dict(batch_size=4096, steps=500_000, warmup=12_500, lr=2.4e-3),
+    }
+
+    @staticmethod
+    def flags(parser, base):
+        image_flags(parser.add_argument_group("stage momo-image"))
+        data.flags(parser, images="crop")
+        config_flags(parser, base, ENCODER)
+
+    def __init__(self, args, config, start, run):
         super().__init__()
-        self.model, self.aligned, self.normalised = model, aligned, normalised
-        self.weights = {name: 1.0 for modality in modalities for name in LOSSES[modality]} | aligned.weights
-        self.head = nn.ModuleDict({name: Decoder(model.config, shape, name) for name in modalities})
-        self.prefix = dict(zip(modalities, ("", BESIDE)))
-        for module in unread(model, modalities):
-            module.requires_grad_(False)
+        check_encoder(config)
+        self.normalised, self.loss_weights = args.normalise_pixels, {"mim": 1.0}
+        self.sources = read_pictures(args, config)
+        self.tokenizer = start.tokenizer if start else None
+        self.set_up(args, config, start, ["image"])
+        self.samples = [image_samples(self.sources, args, config)]
 
-    def forward(self, batch, *modalities):
-        """batch: of the first modality as data.py makes it, of the second each name after BESIDE.
-        modalities: those whose losses are wanted; none: all."""
+    def forward(self, images):
+        """images: image (b, 3, S, S), hidden (b, N) bool."""
+        return {"mim": self.mim(images)}
+
+    def measure(self, split, device):
+        return masked_pixels(self, self.sources[split], device)
+
+
+class MoMoText(MoMo, Stage):
+    """Stage 2: hidden tokens of texts (Eq. 2) and hidden patches of images (Eq. 1) in every step."""
+
+    unit = "texts"
+    recipe = {
+        "tiny": dict(batch_size=64, steps=1000, warmup=75, lr=1e-3, clip=1.0, save_every=100),
+        # 100 epochs of 6.6 M samples
+        "base": dict(batch_size=4096, steps=161_000, warmup=16_100, lr=5e-5, max_text_len=196),
+    }
+
+    @staticmethod
+    def flags(parser, base):
+        group = parser.add_argument_group("stage momo-text")
+        two_flags(group)
+        image_flags(group)
+        data.flags(parser, images="crop", text=True)
+        config_flags(parser, base, ENCODER)
+
+    def __init__(self, args, config, start, run):
+        super().__init__()
+        check_encoder(config)
+        check_two(args, unused=args.data)
+        modalities = ["text"] if args.no_simultaneous else ["text", "image"]
+        self.normalised = args.normalise_pixels
+        self.loss_weights = {"mlm": 1.0} if args.no_simultaneous else {"mlm": 1.0, "mim": 1.0}
+        self.sources = {} if args.no_simultaneous else read_pictures(args, config)
+        corpus = functools.partial(texts.corpus, args.texts)
+        self.tokenizer = texts.vocabulary(args, config, start, run, corpus).tokenizer
+        config = dataclasses.replace(config, vocab_size=self.tokenizer.get_vocab_size())
+        words = self.hidden_words(self.tokenizer, config, "text")
+        self.texts = texts.packed(args.texts, words, args.seed, run)
+        self.set_up(args, config, start, modalities)
+        self.samples = [self.texts["train"]]
+        if self.sources:
+            self.samples.append(image_samples(self.sources, args, config))
+
+    def measured(self):
+        sets = self.sources or self.texts
+        return [split for split in ("val", "test") if split in sets and len(sets[split])]
+
+    def forward(self, texts, images=None):
+        """texts: masked, labels (b, T), mask (b, T) bool; images: image, hidden. Two data sets, two
+        batches, one gradient: cross-modality gradient accumulation (CMGA, Section 3.5)."""
         out = {}
-        for modality in modalities or self.head:
-            inputs = {name: batch[self.prefix[modality] + name] for name in INPUTS[modality]}
-            pixels, logits = reconstructions(self.model, self.head[modality], **inputs)
-            found = []
-            if pixels is not None:
-                found.append(mim_loss(pixels, inputs["image"], inputs["hidden"], self.normalised))
-            if logits is not None:
-                found.append(mlm_loss(logits, inputs["labels"]))
-            out |= zip(LOSSES[modality], found)
-            if modality == "pair":
-                out |= self.aligned(batch)
+        if self.trains(0):
+            out["mlm"] = self.mlm(texts)
+        if images and self.trains(1):
+            out["mim"] = self.mim(images)
         return out
 
-    def pixels(self, batch):
-        """(M, P): of the hidden patches of images."""
-        return reconstructions(self.model, self.head["image"], batch["image"], batch["hidden"])[0]
+    def measure(self, split, device):
+        results = {}
+        if self.sources:
+            results = masked_pixels(self, self.sources[split], device)
+        return results | measure_texts(self, split, device)
 
-    def logits(self, batch):
-        """(M, V): of the hidden tokens of texts."""
-        inputs = {name: batch[name] for name in INPUTS["text"]}
-        return reconstructions(self.model, self.head["text"], **inputs)[1]
+
+class MoMoVL(MoMo, VL):
+    """Stage 3: contrast, matching (VLMo's, on whole pairs) and cross-modal masking (Eq. 3) on pairs,
+    and hidden tokens of texts (Eq. 2) in every step."""
+
+    unit = "pairs"
+    recipe = {
+        "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100),
+        "base": dict(batch_size=4096, steps=161_000, warmup=16_100, lr=1e-4),
+    }
+
+    @staticmethod
+    def flags(parser, base):
+        group = parser.add_argument_group("stage momo-vl")
+        weight_flag(group, "itc", 1.0)
+        weight_flag(group, "itm", 1.0)
+        group.add_argument("--negatives", choices=["global", "local"], default="global", help="Table 6")
+        two_flags(group)
+        image_flags(group)
+        data.flags(parser, images="randaugment", text=True)
+        config_flags(parser, base, ENCODER)
+
+    def __init__(self, args, config, start, run):
+        Stage.__init__(self)
+        check_encoder(config)
+        check_two(args, unused=args.texts)
+        modalities = ["pair"] if args.no_simultaneous else ["pair", "text"]
+        self.normalised, self.negatives = args.normalise_pixels, args.negatives
+        weights = {"cmm mim": 1.0, "cmm mlm": 1.0, "itc": args.itc_weight, "itm": args.itm_weight}
+        if not args.no_simultaneous:
+            weights["mlm"] = 1.0
+        self.loss_weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.aligned = self.loss_weights.keys() & {"itc", "itm"}
+        self.sources = sources.read_splits(
+            args.splits, lambda split: sources.pairs(args.data, split, config.image_size)
+        )
+
+        def corpus():
+            more = [] if args.no_simultaneous else texts.corpus(args.texts)
+            return self.sources["train"].corpus() + more
+
+        self.words = texts.vocabulary(args, config, start, run, corpus)
+        self.tokenizer = self.words.tokenizer
+        config = dataclasses.replace(config, vocab_size=self.words.size)
+        self.texts = {}
+        if not args.no_simultaneous:
+            words = self.hidden_words(self.tokenizer, config, "text")
+            self.texts = texts.packed(args.texts, words, args.seed, run)
+        self.set_up(args, config, start, modalities)
+        words = self.hidden_words(self.tokenizer, config, "pair")
+        hide_some = hiding("pair", config)
+        train = data.Pairs(self.sources["train"], words, config.image_size, args, hide_some)
+        self.samples = [train] + ([self.texts["train"]] if self.texts else [])
+
+    def measured(self):
+        return super().measured() if "itc" in self.loss_weights else []
+
+    def forward(self, pairs, texts=None):
+        """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T)."""
+        out = {}
+        if self.trains(0):
+            pixels, logits = reconstruct(self.model, self.head["pair"], pairs)
+            out["cmm mim"] = mim_loss(pixels, pairs["image"], pairs["hidden"], self.normalised)
+            out["cmm mlm"] = mlm_loss(logits, pairs["labels"])  # Eq. (3) is the sum of these two
+            out |= self.pair_losses(pairs, self.aligned)  # Eq. (4), and matching
+        if texts and self.trains(1):
+            out["mlm"] = self.mlm(texts)
+        return out
+
+    def measure(self, split, device):
+        return super().measure(split, device) | measure_texts(self, split, device)
+
+
+def image_flags(group):
+    group.add_argument("--normalise-pixels", action="store_true", help="targets per patch, as MAE's")
+
+
+def read_pictures(args, config):
+    return sources.read_splits(
+        args.splits, lambda split: sources.pictures(args.data, split, config.image_size)
+    )
+
+
+def hiding(modality, config):
+    """(rng) → which patches are hidden."""
+    patches = (config.image_size // config.patch_size) ** 2
+    return functools.partial(hide_patches, RATIO[modality], patches)
+
+
+def image_samples(pictures, args, config):
+    return data.Images(pictures["train"], config.image_size, args, hide=hiding("image", config))
+
+
+def measure_texts(stage, split, device):
+    """Hidden words of the texts of a split, if there are any."""
+    if not stage.texts or not len(stage.texts[split]):
+        return {}
+    stage.eval()
+    return masked_words(stage.predict, stage.texts[split], stage.texts["train"], device)
+
+
+@torch.no_grad()
+def masked_pixels(stage, source, device):
+    """The mean squared error of hidden patches of a source's pictures, in the units of training, and
+    that of guessing the mean of a picture's visible patches."""
+    stage.eval()
+    config, found = stage.model.config, torch.zeros(3, dtype=torch.float64, device=device)
+    shares, mask = data.sample_batches(len(source)), hiding("image", config)
+    for numbers, image in zip(shares, data.pictures(source, shares, config.image_size, device)):
+        hidden = torch.stack([mask(random.Random(f"mask {i}")) for i in numbers]).to(device)  # (n, N)
+        wanted = patch_values(image, hidden, stage.normalised)  # (M, P)
+        seen = patch_values(image, ~hidden, stage.normalised)
+        mean = seen.unflatten(0, (len(image), -1)).mean(1)  # (n, P)
+        guess = mean.repeat_interleave(len(wanted) // len(image), 0)  # (M, P)
+        pixels, _ = reconstruct(stage.model, stage.head["image"], {"image": image, "hidden": hidden})
+        errors = [(one - wanted).float().square().mean(1).sum() for one in (pixels, guess)]
+        found += torch.stack([*errors, errors[0].new_tensor(len(wanted))])
+    error, guess, count = over_processes(found)
+    return {"error": error / count, "mean patch's error": guess / count, "masked patches": round(count)}

@@ -1,15 +1,14 @@
-"""Where a script runs: processes, device, precision, optimizer groups, schedule, checkpoints, metrics, errors."""
+"""Where a script runs: processes, device, precision, optimizer, learning rate, log, files, one-line errors."""
 
 import argparse
 import collections
 import contextlib
 import ctypes
 import datetime
+import functools
 import json
 import math
 import os
-import pickle
-import struct
 import sys
 import time
 from pathlib import Path
@@ -17,38 +16,52 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-# ---- Errors ---------------------------------------------------------------------------------------------------------
+# ---- Errors and flags -----------------------------------------------------------------------------------------------
 
 
 class UserError(Exception):
-    """Something that the user can mend: one line that says what is wrong and what to do."""
+    """An error the user can fix: one line that says what is wrong and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors: one line, without the usage of fifty flags above it."""
+    """An argparse parser with defaults in its help, and with errors of one line."""
 
-    def __init__(self, description):
-        plain = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=plain, allow_abbrev=False)
+    def __init__(self, **settings):
+        super().__init__(formatter_class=Help, allow_abbrev=False, **settings)
 
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 
-    def refuse(self, args, only, what):
-        """UserError for a flag that args.stage, a `what`, does not read. only: {flag: the stages that read it}."""
-        for flag, stages in only.items():
-            if args.stage not in stages and vars(args)[flag] != self.get_default(flag):
-                name = "--" + flag.replace("_", "-")
-                raise UserError(f"{name} is of {what} {' and '.join(stages)}, not of {args.stage}")
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults where there are any, and a description with line breaks."""
+
+    def _get_help_string(self, action):
+        nothing = action.default is None or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
 
 
-def run(main, *mistakes):
-    """Runs a script's main. A UserError, a file or folder that the system refuses, or one of `mistakes` ends it with
-    one line and exit status 2."""
+def at_least(low):
+    """A type of flags: finite numbers, int or float like `low`, not below it."""
+
+    def number(text):
+        value = type(low)(text)
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
+        return value
+
+    number.__name__ = type(low).__name__  # argparse says "invalid int value"
+    return number
+
+
+def run(main):
+    """Runs a script's main. A UserError, or a file that the system refuses, ends it with one line and status 2."""
     try:
         main()
-    except (UserError, OSError, *mistakes) as error:
+    except (UserError, OSError) as error:
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # process 0's line comes first; if all fail alike, torchrun ends this one before its own
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
@@ -75,51 +88,51 @@ class Runtime:
 
     def __init__(self, amp="off"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.main = self.rank == 0
-        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.local_rank = local = int(os.environ.get("LOCAL_RANK", 0))
         if torch.cuda.is_available():
-            if local >= torch.cuda.device_count():
-                raise UserError(f"process {local} has no GPU: start at most {torch.cuda.device_count()} per node")
-            self.device = torch.device("cuda", local)
+            gpus = torch.cuda.device_count()
+            if self.local_rank >= gpus:
+                raise UserError(f"process {self.local_rank} has no GPU: start at most {gpus} per node")
+            self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
             keep_memory()
         if self.world > 1:
-            backend, patience = "nccl" if self.device.type == "cuda" else "gloo", datetime.timedelta(hours=2)
-            dist.init_process_group(backend, timeout=patience)  # one process may read a whole corpus
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            patience = datetime.timedelta(hours=2)  # the others wait while one process reads a whole corpus
+            dist.init_process_group(backend, timeout=patience)
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def scaler(self):
-        """Of one training run, for fp16; otherwise it does nothing."""
+        """Gradient scaler; a no-op unless amp is fp16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
 
-    def wrap(self, stage, parts=False):
-        """A stage for DDP, where there are other processes. parts: an update may train a part of it alone."""
+    def wrap(self, stage):
+        """The stage in DDP if there are other processes, else the stage itself."""
         if self.world == 1:
             return stage
-        ids = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(
             stage,
-            device_ids=ids,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             forward_sync_buffers=False,
-            find_unused_parameters=parts,
+            find_unused_parameters=stage.takes_turns,
         )
 
     def from_main(self, answer):
-        """Process 0's answer() on all processes; the others do not ask."""
+        """Process 0's answer() on all processes; the others do not call it."""
         answers = [answer() if self.main else None]
         if self.world > 1:
             dist.broadcast_object_list(answers, device=self.device)
         return answers[0]
 
     def once_a_node(self, work):
-        """All processes meet, work() runs on one of each node, all wait until it is done everywhere."""
+        """Calls work() on one process per node. All processes wait before it and after it."""
         self.meet()
         if self.local_rank == 0:
             work()
@@ -129,10 +142,6 @@ class Runtime:
         """Waits for all processes."""
         if self.world > 1:
             dist.barrier()
-
-    def synchronised(self, stage, last):
-        """Around a pass: gradients are sent in the last pass of a step; in those before they add up on this process."""
-        return contextlib.nullcontext() if last or self.world == 1 else stage.no_sync()
 
     def mean(self, values):
         """Average of a tensor over the processes, as nested lists. One collective call, one wait for the device."""
@@ -147,51 +156,56 @@ class Runtime:
 
 
 def keep_memory():
-    """What tensors free stays with the process, where the C library is glibc. Else every large tensor is handed out by
-    the kernel anew, which zeroes it page by page: a sixth to a quarter of a step's time."""
+    """Keeps freed memory in the process (glibc); otherwise every large tensor is mmapped afresh and its pages zeroed:
+    a sixth to a quarter of a step's time on a CPU."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor has a mapping of its own, which would end with it
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return memory to the kernel
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own, which would end with it
 
 
-def workers(device):
-    """Loader processes for each training process that suit this machine: on a CPU they would only take the cores that
-    compute."""
-    each = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8, (os.cpu_count() or 1) // each - 1)) if torch.device(device).type == "cuda" else 0
+def loader_workers(device):
+    """Default number of loader processes per training process. On a CPU they would take the cores that compute."""
+    if torch.device(device).type != "cuda":
+        return 0
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8, cores - 1))
 
 
 def seed_all(*words):
-    """Seeds torch from whole numbers, say (seed, step, rank): a step's random choices need no stored state."""
+    """Seeds torch from whole numbers such as (seed, step, rank): random choices of a step need no stored state."""
     state = 0
     for word in words:
         state = (state * 1_000_003 + int(word) + 1) % 2**63
     torch.manual_seed(state)
 
 
-# ---- Optimizer ------------------------------------------------------------------------------------------------------
+# ---- Optimization ---------------------------------------------------------------------------------------------------
 
 
-def optimizer(model, weight_decay, betas, head=None, factor=1.0):
-    """Fused AdamW over what is trainable. Matrices of Linear, Conv2d and word Embedding decay; nothing else does:
-    no bias, norm, LayerScale, position, type or [CLS] embedding, relative table or logit scale.
+def adamw(stage):
+    """Fused AdamW over the trainable parameters of a stage.
 
-    Each group has a "factor" of its learning rate: `factor` for the parameters of `head`, a part of the model, else 1.
+    Weights of Linear, Conv2d and word Embedding decay. Nothing else does: no bias, norm, LayerScale, position, type or
+    [CLS] embedding, relative table or logit scale. Each group has a "factor" of its learning rate: stage.head_factor
+    for the parameters of stage.head, else 1.
     """
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding))}
-    of_head = {id(p) for p in head.parameters()} if head else set()
+    matrices = {id(m.weight) for m in stage.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding))}
+    in_head = {id(p) for p in stage.head.parameters()}
     groups = collections.defaultdict(list)
-    for p in model.parameters():
+    for p in stage.parameters():
         if p.requires_grad:
-            groups[factor if id(p) in of_head else 1.0, weight_decay if id(p) in matrices else 0.0].append(p)
-    groups = [{"params": groups[f, decay], "factor": f, "weight_decay": decay} for f, decay in sorted(groups)[::-1]]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+            factor = stage.head_factor if id(p) in in_head else 1.0
+            decay = stage.weight_decay if id(p) in matrices else 0.0
+            groups[factor, decay].append(p)
+    ordered = sorted(groups, reverse=True)
+    groups = [{"params": groups[key], "factor": key[0], "weight_decay": key[1]} for key in ordered]
+    return torch.optim.AdamW(groups, lr=0.0, betas=stage.betas, fused=True)
 
 
 def learning_rate(step, steps, warmup, peak, decay="linear"):
-    """Of step 1 … steps: linear warm-up to `peak` at step `warmup`, then decay towards 0 after the last step, "linear"
-    or "cosine" (half a wave)."""
+    """Learning rate at step 1..steps: linear warmup to `peak` at step `warmup`, then decay towards 0 after the last
+    step, "linear" or "cosine" (half a wave)."""
     warmup = max(warmup, 1)
     if step <= warmup:
         return peak * step / warmup
@@ -199,12 +213,37 @@ def learning_rate(step, steps, warmup, peak, decay="linear"):
     return peak * (left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
 
-# ---- Files ----------------------------------------------------------------------------------------------------------
+def speed_up(stage, args, run):
+    """--recompute: a block keeps only its input for the backward pass. --compile: compiles the blocks."""
+    if args.recompute:
+        for block in stage.blocks():
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if args.compile:
+        compile_blocks(stage.blocks(), run)
+
+
+def compile_blocks(blocks, run):
+    """Compiles each block, or says that there is no compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=run.device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        run.print(f"--compile: there is no compiler ({first_line(error)}), the blocks run as they are")
+        return
+    # All blocks share their code, which is compiled for each kind of input, of block (lower, last, fusing) and of mode.
+    torch._dynamo.config.recompile_limit = 64
+    for block in blocks:
+        block.compile()
+
+
+# ---- Files and the log ----------------------------------------------------------------------------------------------
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0][:120]
 
 
 def write(path, fill):
-    """Writes a file whole or not at all: fill(file) to a temporary name, synced to disk, renamed. UserError if it
-    cannot be."""
+    """Writes a file as a whole or not at all: fill(file) to a temporary name, synced to disk, renamed."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -216,58 +255,107 @@ def write(path, fill):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path} could not be written, what was there before is kept: {error}") from None
 
 
-def save(path, content):
-    """Writes a checkpoint."""
-    write(path, lambda file: torch.save(content, file))
+class Log:
+    """metrics.jsonl and the progress bar, on process 0: means over the steps since the last line, and over processes.
 
+    Values stay on the device until a line is written. Resuming after step `done` drops later lines.
+    """
 
-DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError)
-DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a file that is no checkpoint
-
-
-def first_line(error):
-    return str(error).strip().split("\n")[0][:120]
-
-
-def load(path):
-    """A checkpoint of this project as a dict of CPU tensors and plain values. UserError if it is none."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGED as error:
-        raise UserError(f"{path} is not a checkpoint of this project, or is damaged ({first_line(error)})") from None
-    has = content.keys() if isinstance(content, dict) else ()
-    if lacks := {"stage", "step", "args", "config", "model", "tokenizer"}.difference(has):
-        raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(sorted(lacks))}")
-    return content
-
-
-class Metrics:
-    """metrics.jsonl in the output folder, a line an entry, written by process 0. Resuming drops what came after its
-    step, and what was measured then: it is measured again."""
-
-    def __init__(self, folder, main, step):
+    def __init__(self, out, args, run, stage, loader, done=0, record=-math.inf):
+        self.run, self.stage, self.loader, self.args, self.record = run, stage, loader, args, record
+        self.bar = tqdm(total=args.steps, initial=done, disable=not run.main, unit="step", mininterval=1)
         self.file = None
-        if main:
-            path = Path(folder, "metrics.jsonl")
-            lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
-            whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-            try:
-                entries = [(line, json.loads(line)) for line in whole]
-            except ValueError:
-                raise UserError(f"{path} is damaged: move it away, and the run goes on with a new one") from None
-            self.file = open(path, "w", buffering=1)
-            self.file.writelines(line for line, entry in entries if entry["step"] + ("split" in entry) <= step)
+        if run.main:
+            path = Path(out, "metrics.jsonl")
+            kept = lines_until(path, done) if done else ""
+            write(path, lambda file: file.write(kept.encode()))
+            self.file = open(path, "a", buffering=1)
+        self.restart(done)
 
-    def write(self, **entry):
+    def restart(self, step):
+        self.step, self.clock = step, time.perf_counter()
+        self.sums = collections.defaultdict(float)
+        self.counts = collections.Counter()
+
+    def add(self, values):
+        """Adds the losses of one part of a step: {name: scalar}."""
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value.detach().float()
+            self.counts[name] += 1
+
+    def end_step(self, gradient_norm):
+        self.add({"gradient norm": gradient_norm})
+        self.bar.update()
+
+    def write(self, step, lr):
+        """Writes a line. UserError, on all processes alike, if a value is not finite."""
+        means = [total / self.counts[name] for name, total in self.sums.items()]
+        unreadable = means[0].new_tensor(self.loader.unreadable)
+        *means, unreadable = self.run.mean(torch.stack([*means, unreadable]))  # the only wait for the device
+        values = dict(zip(self.sums, means))
+        for name, value in values.items():
+            skips = name == "gradient norm" and self.args.amp == "fp16"  # such a step is skipped
+            if not math.isfinite(value) and not skips:
+                advice = "the last checkpoint is from before; try a lower --lr, or --resume with another --seed"
+                raise UserError(f"{name} is {value} between steps {self.step + 1} and {step}: {advice}")
+        seconds = time.perf_counter() - self.clock
+        rate = {f"{self.stage.unit}_per_s": (step - self.step) * self.args.batch_size / seconds}
+        self.line(step=step, **values, lr=lr, **rate, unreadable=round(unreadable * self.run.world))
+        shown = [*self.stage.loss_weights, "gradient norm"]
+        self.bar.set_postfix({name: f"{values[name]:.2f}" for name in shown if name in values}, refresh=False)
+        self.restart(step)
+
+    def measure(self, split, step):
+        """Measures the stage on a split and writes a line. → whether it is the best so far, by stage.best."""
+        began = time.perf_counter()
+        with self.run.autocast():
+            results = self.stage.measure(split, self.run.device)
+        self.stage.train()
+        self.line(step=step, split=split, **results)
+        if self.run.main:
+            self.bar.write(f"step {step}, split {split}: {in_words(results)}")
+        self.clock += time.perf_counter() - began  # the rate is that of training
+        improved = self.stage.best is not None and results[self.stage.best] > self.record
+        if improved:
+            self.record = results[self.stage.best]
+        return improved
+
+    def close(self):
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+    def line(self, **entry):
         """Numbers that are not finite, such as the gradient norm of a skipped fp16 step, become null."""
         if self.file:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
             self.file.write(json.dumps(finite) + "\n")
+
+
+def lines_until(path, step):
+    """The lines of metrics.jsonl up to a step. The test split is measured again at the end, so its line goes, too."""
+    kept = ""
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        if not line.endswith("\n"):
+            break  # a killed run may leave half a line
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            raise UserError(f"{path} is damaged: move it away, and the run continues with a new one") from None
+        if entry["step"] <= step and entry.get("split") != "test":
+            kept += line
+    return kept
+
+
+def in_words(results):
+    """{name: number} as one line."""
+    shown = []
+    for name, value in results.items():
+        shown.append(f"{name} {value:.4g}" if value < 1000 else f"{name} {value:.0f}")
+    return ", ".join(shown)

@@ -31,14 +31,14 @@ RUNS = {  # in an order in which each finds what it starts from
     "vl-scratch": f"train.py --stage vl {SIZE} --position relative --layer-scale 0.1 --attention separate {TRAIN}",
     "vl-contrast": f"train.py --stage vl {SIZE} --vl-layers 0 --itm-weight 0 --mlm-weight 0 {TRAIN}",
     "vl-shared": f"train.py --stage vl {SIZE} --experts shared --itc-weight 0 --negatives local {TRAIN}",
-    "momo-image": f"train.py --model momo --stage image {SIZE} {TRAIN}",
-    "momo-text": f"train.py --stage text --init OUT/momo-image/last.pt {TRAIN}",
-    "momo-vl": f"train.py --stage vl --init OUT/momo-text/last.pt {TRAIN} --accumulate 2",
+    "momo-image": f"train.py --stage momo-image {SIZE} {TRAIN}",
+    "momo-text": f"train.py --stage momo-text --init OUT/momo-image/last.pt {TRAIN}",
+    "momo-vl": f"train.py --stage momo-vl --init OUT/momo-text/last.pt {TRAIN} --accumulate 2",
     "vqa": f"finetune.py --task vqa --init OUT/vl/last.pt --epochs 1e-4 {TUNE} --head-factor 20",
     "nlvr2": f"finetune.py --task nlvr2 --init OUT/vl/last.pt --epochs 1e-4 {TUNE}",
     "retrieval": f"finetune.py --task retrieval --init OUT/vl/last.pt --epochs 2e-4 {TUNE} --itm-weight 1",
     "classify": f"finetune.py --task classify --init OUT/momo-vl/last.pt --epochs 4e-4 {TUNE}",
-    "probe": f"finetune.py --task classify --linear-probe --init OUT/vl/last.pt --epochs 4e-4 {TUNE}",
+    "probe": f"finetune.py --task probe --init OUT/vl/last.pt --epochs 4e-4 {TUNE}",
 }
 
 

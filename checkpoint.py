@@ -1,0 +1,307 @@
+"""Checkpoints: what the file holds, saving and reading it, resuming a run, and beginning another model from it.
+
+Tensors come in *groups*, which are learned, saved and taken as a whole: a module of the trunk or a head by its name;
+of the blocks, one modality's experts, or the norms, …, of all layers together ("blocks.*.experts.language").
+A checkpoint holds only groups that have been learned, so that a later stage knows what must start in another way.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import pickle
+import struct
+import textwrap
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import runtime
+from mome import Config, VLMo
+from runtime import UserError
+from texts import tokenizer_from_json
+
+MODALITIES = ("shared", "vision", "language", "vl")
+
+# What a file may lack, because its stage did not learn it. The rest of the trunk is in every file.
+OPTIONAL = {
+    "words", "text_norm", "text_position", "itc_image", "itc_text", "logit_scale", "pooler", "itm_head", "mlm_head",
+    "blocks.*.experts.language", "blocks.*.experts.vl", "blocks.*.attention.language",
+}  # fmt: skip
+
+
+def group(name):
+    """The group of a tensor by its name in the state dict."""
+    first, *rest = name.split(".")
+    if first != "blocks":
+        return first
+    modality = [part for part in rest if part in MODALITIES]
+    return ".".join(["blocks.*", rest[1], *modality])
+
+
+def groups(names):
+    """Names of tensors → their groups, each once, in order."""
+    return list(dict.fromkeys(map(group, names)))
+
+
+def trainable(model):
+    """The groups that train now."""
+    return groups(name for name, p in model.named_parameters() if p.requires_grad)
+
+
+# ---- The file -------------------------------------------------------------------------------------------------------
+
+DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError)
+DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a file that is no checkpoint
+
+
+class Checkpoint:
+    """A checkpoint in memory. UserError if the content is not one of this project and version.
+
+    stage: the stage or task that wrote it. step, args, processes: of its run. config: a Config, or of stage dvae the
+    fields of its own. tensors, head: of the model and of what later stages leave behind. tokenizer: or None. extra: what the
+    stage keeps besides, such as the answers of VQA. resumed: whether the run goes on, or another one begins from it.
+    """
+
+    def __init__(self, path, content, resumed=False):
+        self.path, self.resumed = Path(path), resumed
+        try:
+            self.stage, self.step, self.args = content["stage"], content["step"], content["args"]
+            self.tensors, self.head, self.extra = content["model"], content["head"], content["extra"]
+            self.config = content["config"] if self.stage == "dvae" else Config(**content["config"])
+            self.processes, self.record = content.get("processes"), content.get("record")
+            self.optimizer, self.scaler = content.get("optimizer"), content.get("scaler")
+            pieces = content["tokenizer"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is not a checkpoint of this project and version: {error}") from None
+        self.tokenizer = tokenizer_from_json(pieces, path) if pieces else None
+        self.words_embedded = len(self.tensors.get("words.weight", ()))  # 0: no words have been learned
+
+    def restore(self, stage, args, run, optimizer, scaler):
+        """Puts optimizer and scaler where the checkpoint left them."""
+        factors = [group["factor"] for group in optimizer.param_groups]
+        try:
+            assert all(stage.origin.get(name, "taken") == "taken" for name in trainable(stage.model))
+            optimizer.load_state_dict(self.optimizer)
+            if self.scaler and scaler.is_enabled():
+                scaler.load_state_dict(self.scaler)
+        except (AssertionError, KeyError, ValueError, TypeError):
+            advice = "resume with the flags that it was trained with, or start from it with --init"
+            raise UserError(f"{self.path} holds no run that can be continued like this: {advice}") from None
+        for group, factor in zip(optimizer.param_groups, factors):
+            group["factor"] = factor
+        if args.steps < self.step:
+            raise UserError(f"{self.path} is at step {self.step}, beyond --steps {args.steps}")
+        then = self.args | {"processes": self.processes, "resume": True}
+        now = vars(args) | {"processes": run.world}
+        changed = [f"{name} {then.get(name)} → {now[name]}" for name in now if now[name] != then.get(name)]
+        told = f" with other flags: {', '.join(changed)}" if changed else ""
+        run.print(f"resuming after step {self.step}{told}")
+
+    def give(self, stage, run):
+        """Gives a stage the tensors of another step of its own run."""
+        stage.model.load_state_dict(stage.model.state_dict() | self.tensors)
+        stage.head.load_state_dict(self.head)
+        run.print(f"{self.path} is of step {self.step}, the best on split val; measured with it:")
+
+    def release(self):
+        """Forgets the tensors: the model has them, or copies of them."""
+        self.tensors = self.head = self.extra = self.optimizer = None
+
+
+def read(path, resumed=False):
+    """Reads a file. UserError if it is missing, damaged, or something else."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGED as error:
+        reason = runtime.first_line(error)
+        raise UserError(f"{path} is not a checkpoint of this project, or is damaged ({reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a checkpoint of this project")
+    return Checkpoint(path, content, resumed)
+
+
+def find(out, resume, init):
+    """The checkpoint that a run goes on with (--resume) or begins from (--init), or None."""
+    last = Path(out, "last.pt")
+    if resume and last.exists():
+        return read(last, resumed=True)
+    return read(init) if init else None
+
+
+def save(path, stage, args, run, step, record, optimizer=None, scaler=None):
+    """Writes a checkpoint, on process 0: settings, what has been learned, and what a resumed run needs."""
+    if not run.main:
+        return
+    taken = [name for name, how in stage.origin.items() if how in ("taken", "resampled")]
+    content = settings(stage, args, run) | {
+        "step": step,
+        "record": record,
+        "model": learned(stage.model, taken),
+        "head": stage.head.state_dict(),
+        "tokenizer": stage.tokenizer.to_str() if stage.tokenizer else None,
+        "extra": stage.extra,
+    }
+    if optimizer:
+        content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    runtime.write(path, lambda file: torch.save(content, file))
+
+
+def settings(stage, args, run):
+    """What a run is, for last.pt and config.json."""
+    config = dataclasses.asdict(stage.model.config)
+    return {"stage": args.stage, "args": vars(args), "processes": run.world, "config": config}
+
+
+def learned(model, taken):
+    """The part of the state dict to save: groups in `taken`, those that train now, and what every file has."""
+    kept = {*taken, *trainable(model)}
+    return {name: t for name, t in model.state_dict().items() if group(name) in kept or group(name) not in OPTIONAL}
+
+
+def prepare(stage, args, run, resumed):
+    """Makes the folder of a run, and writes config.json. An earlier run in it is moved aside, unless it is resumed.
+    → its path"""
+    out = Path(args.out)
+    if not run.main:
+        return out
+    try:
+        if not resumed and (out / "last.pt").exists():
+            names = (Path(f"{out.resolve()}.{n}") for n in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            out.resolve().rename(aside)
+            run.print(f"{out} held a run: moved to {aside.name} next to it (--resume would have continued it)")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(settings(stage, args, run), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    return out
+
+
+# ---- Beginning another model ----------------------------------------------------------------------------------------
+
+# Fields that must be equal: no tensor can be converted between their values (LayerScale: with or without).
+FIXED = ("dim", "layers", "heads", "patch_size", "position", "experts", "attention", "layer_scale")
+
+
+def begin(config, start, seed, fresh=()):
+    """A model of this Config with what a checkpoint has learned, except groups in `fresh` → VLMo, origin.
+
+    origin: {group: how it came}, empty without a checkpoint (see fit).
+    """
+    runtime.seed_all(seed)
+    model = VLMo(config)
+    if start is None:
+        return model, {}
+    tensors = {name: tensor for name, tensor in start.tensors.items() if group(name) not in fresh}
+    return model, fit(model, tensors, start.config, start.path)
+
+
+def fit(model, tensors, config, path):
+    """Gives the model what another checkpoint learned (its tensors, not copies of them, and its Config) → {group: how}.
+
+    how is "taken"; "resampled", for positions at another resolution or text length; "copied", for experts (and separate
+    attention) of language and vl that the file lacks, which start from the vision ones (Table 4); or "fresh", left as
+    they are. UserError where the architectures differ, or the file lacks or has a tensor that it should not.
+    """
+    old, new = dataclasses.asdict(config), dataclasses.asdict(model.config)
+    for name in FIXED:
+        both_scaled = name == "layer_scale" and old[name] and new[name]
+        if old[name] != new[name] and not both_scaled:
+            advice = "leave the flags of the architecture away, or start from another file"
+            raise UserError(f"{path} has {name} {old[name]}, and this run {new[name]}: {advice}")
+    own, how, state = model.state_dict(), {}, {}
+    present = set(groups(tensors))
+    for name, tensor in own.items():
+        vision = vision_name(name)
+        if name in tensors:
+            state[name], same = fitted(name, tensors[name], config, tensor, model.config)
+            how[group(name)] = "taken" if same else "resampled"
+        elif group(name) in present or group(name) not in OPTIONAL:
+            raise UserError(f"{path} lacks {name}")
+        elif vision in tensors:
+            state[name] = tensors[vision].clone()
+            how[group(name)] = "copied"
+        else:
+            state[name] = tensor
+            how[group(name)] = "fresh"
+        if state[name].shape != tensor.shape:
+            raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
+    for name in tensors:
+        if name not in own:
+            raise UserError(f"{path} has {name}, and this model does not: is --vl-layers another?")
+    model.load_state_dict(state, assign=True)
+    return how
+
+
+def load_exactly(module, tensors, path):
+    """Loads a state dict of exactly this module's names and shapes. UserError that names the first that differs."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in wanted | found:
+        if wanted.get(name) != found.get(name):
+            shapes = f"{found.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
+            raise UserError(f"{path} is of another shape: {name} is {shapes}")
+    module.load_state_dict(tensors)
+
+
+def vision_name(name):
+    """The name of the vision expert's (or projection's) tensor that a language or vl one starts from."""
+    return ".".join("vision" if part in ("language", "vl") else part for part in name.split("."))
+
+
+def with_sizes(origin, model):
+    """{group: how} → {group: (how, number of parameters)}."""
+    parameters = collections.Counter()
+    for name, tensor in model.state_dict().items():
+        parameters[group(name)] += tensor.numel()
+    return {name: (how, parameters[name]) for name, how in origin.items()}
+
+
+def report(rows):
+    """{name: (how, number of parameters)} as a table for the user."""
+    lines = []
+    for what in dict.fromkeys(how for how, _ in rows.values()):
+        names = [name for name, (how, _) in rows.items() if how == what]
+        start = f"  {what:9} {sum(rows[name][1] for name in names) / 1e6:6.1f} M  "
+        lines += textwrap.wrap(", ".join(names), 118, initial_indent=start, subsequent_indent=" " * len(start))
+    return "\n".join(lines)
+
+
+# ---- Positions at another resolution or text length -----------------------------------------------------------------
+
+
+def fitted(name, tensor, old, fresh, new):
+    """A tensor of a checkpoint of Config `old` for a model of Config `new`, in which it is `fresh` → tensor, and
+    whether it is unchanged."""
+    old_side, side = (config.image_size // config.patch_size for config in (old, new))
+    if name == "image_position" and old_side != side:
+        patches = resample(tensor[1:].view(old_side, old_side, -1), side)
+        return torch.cat([tensor[:1], patches.flatten(0, 1)]), False
+    if name == "text_position" and old.max_text_len != new.max_text_len:
+        return torch.cat([tensor, fresh[len(tensor) :]])[: len(fresh)], False  # beyond the old length: fresh
+    if name == "relative_table" and (old_side != side or old.text_reach != new.text_reach):
+        return fit_table(tensor, old_side, side, old.text_reach, new.text_reach), False
+    return tensor, True
+
+
+def resample(grid, side):
+    """grid (w, w, C) → (side, side, C), bicubic."""
+    grid = grid.permute(2, 0, 1)[None].float()
+    return F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
+
+
+def fit_table(table, old_side, side, old_reach, reach):
+    """A relative-position table (R, L·H) at another resolution (patch offsets resampled) and another reach of the text
+    (words farther apart than the table knows are treated like the farthest that it knows)."""
+    old_span, span = 2 * old_side - 1, 2 * side - 1
+    I = old_span**2 + 3
+    patches = resample(table[: I - 3].view(old_span, old_span, -1), span).flatten(0, 1)
+    farthest = old_reach - 2  # text positions 1 … reach−1 are words
+    distance = torch.arange(-reach + 1, reach).clamp(-farthest, farthest)  # unused at both ends
+    words = table[I + old_reach + distance]
+    words[0], words[-1] = table[I + 1], table[-3]
+    return torch.cat([patches, table[I - 3 : I + 1], words, table[-2:]])

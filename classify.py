@@ -1,0 +1,154 @@
+"""Image classification with the vision experts only (Section 4.5, Table 3), and the linear probe of
+MoMo's Section 3.6.
+
+Shape letters: b local batch, N patches, D dim, C classes.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+import checkpoint
+import losses
+import shapes
+from data import Examples, Loader
+from mome import initialise
+from runtime import UserError
+from sources import image_files, read_splits, task_folder, task_records
+from stage import Task, known_choices, task_flags
+
+
+class Classify(Task):
+    """A linear layer on the mean of the patches."""
+
+    unit = "images"
+    recipe = {  # the paper gives none
+        "tiny": dict(epochs=0.64, batch_size=64, lr=2.5e-4, clip=1.0, save_every=100),
+        "base": dict(epochs=100, batch_size=1024, lr=5e-4, image_size=224, drop_path=0.1),
+    }
+
+    @staticmethod
+    def flags(parser, base):
+        task_flags(parser, base, images="crop", text=False)
+
+    def __init__(self, args, config, start, run):
+        super().__init__()
+        self.sources = read_splits(
+            args.splits, lambda split: read(args.data, split, config.image_size)
+        )
+        training = "train" in self.sources
+        self.model, self.origin = checkpoint.begin(config, start, args.seed)
+        self.tokenizer = start.tokenizer if start else None  # of an earlier stage with text
+
+        # The classes, in the order of the head
+        trained = start if start and start.stage == args.stage else None  # it has the head
+        self.choices = sorted(labels(self.sources["train"])) if training else None
+        if trained:
+            self.choices = known_choices(trained, self.choices)
+        self.extra = {"choices": self.choices}
+        for source in self.sources.values():
+            if unknown := labels(source).difference(self.choices):
+                raise UserError(f"class {min(unknown)} is none of those that the model is trained on")
+        layer = initialise(nn.Linear(config.dim, len(self.choices)), config)
+        self.head = nn.Sequential(Standardise(config.dim), layer)
+        if trained:
+            checkpoint.load_exactly(self.head, trained.head, trained.path)
+        self.loss_weights = {"loss": 1.0}
+        if training:
+            self.head_factor = args.head_factor
+            train = self.sources["train"]
+            self.samples = [Examples(train, None, self.target, config.image_size, args, "crop")]
+            if not trained:
+                self.prepare(args, run)
+
+    def prepare(self, args, run):
+        """What a new head needs to know of the training data: nothing."""
+
+    def target(self, picture):
+        return torch.tensor(self.choices.index(picture.label))
+
+    def forward(self, batch):
+        """batch: image (b, 3, S, S); target (b,)."""
+        return {"loss": losses.class_loss(self.predict(batch), batch["target"])}
+
+    def predict(self, batch):
+        """→ logits (b, C)."""
+        return self.head(self.features(batch["image"]))
+
+    def features(self, image):
+        """image (b, 3, S, S) → (b, D), the mean of the patches."""
+        return self.model.encode_image(image)[:, 1:].mean(1)
+
+    def results(self, predicted, source):
+        right = [self.choices[k] == source[i].label for i, k in enumerate(predicted)]
+        return {"accuracy": 100 * sum(right) / len(right)}
+
+
+class Probe(Classify):
+    """The linear probe: only the head learns, on standardised features of a frozen encoder."""
+
+    recipe = {  # MoMo's paper refers to MAE
+        "tiny": dict(epochs=0.64, batch_size=64, lr=1e-2, clip=1.0, save_every=100),
+        "base": dict(epochs=90, batch_size=1024, lr=1e-3, image_size=224, drop_path=0.0),
+    }
+
+    def features(self, image):
+        with torch.no_grad():
+            return super().features(image)
+
+    @torch.no_grad()
+    def prepare(self, args, run):
+        """Standardises each feature over the first 4,096 pictures; in MAE a BatchNorm does it."""
+        self.to(run.device).eval()
+        sums = 0.0
+        for (batch,) in Loader(self.samples, args, run):
+            x = self.features(batch["image"]).double()  # (b, D)
+            sums = sums + torch.stack([torch.ones_like(x), x, x.square()]).sum(1)  # (3, D)
+            count, total, squares = losses.gather(sums[None]).sum(0)  # (D,) each
+            if count[0] >= 4096:
+                break
+        mean = total / count
+        self.head[0].mean.copy_(mean)
+        self.head[0].deviation.copy_((squares / count - mean.square()).clamp(min=1e-12).sqrt())
+
+
+class Standardise(nn.Module):
+    """(x − mean) / deviation of features (b, D), with numbers that are set once; 0 and 1 until then."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("deviation", torch.ones(features))
+
+    def forward(self, x):
+        return (x - self.mean) / self.deviation
+
+
+class Labelled(NamedTuple):
+    """A record of a picture and its class."""
+
+    image: str
+    label: str
+
+
+class WorldClasses(shapes.World):
+    """Color and shape of the first thing of a scene."""
+
+    def __getitem__(self, i):
+        return Labelled(None, self.kind(i))
+
+
+def read(paths, split, image_size):
+    """The source of a split: a folder per class, in `train`, `val`, `test` or split by a hash."""
+    if list(paths) == ["shapes"]:
+        return WorldClasses(split, image_size)
+    files = image_files(task_folder(paths), split)
+    return task_records(Labelled, [Labelled(path, Path(path).parent.name) for path in files], split)
+
+
+def labels(source):
+    """The classes of a source; the first 5,000 pictures of the built-in world have all of them."""
+    count = min(len(source), 5000) if isinstance(source, WorldClasses) else len(source)
+    return {source[i].label for i in range(count)}

@@ -1,0 +1,182 @@
+"""NLVR2: its files, head, loss, metric and predictions (Section 4.3, Appendix C).
+
+A sample is a statement with two images. Shape letters: b local batch, T text tokens, D dim.
+"""
+
+import collections
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import checkpoint
+import losses
+import shapes
+import texts
+from data import Absent, Examples
+from mome import classifier
+from runtime import UserError
+from sources import json_lines, malformed, read_splits, task_folder, task_records
+from stage import Task, task_flags
+from texts import cut
+
+
+class NLVR2(Task):
+    """Two pairs, the statement with the left and with the right image, and a classifier of both
+    [T_CLS] (Figure 3)."""
+
+    unit = "statements"
+    recipe = {  # paper; drop-path: released code
+        "tiny": dict(
+            epochs=0.16, batch_size=64, lr=2.5e-4, clip=1.0, save_every=100, fresh_pooler=True
+        ),
+        "base": dict(epochs=10, batch_size=128, lr=5e-5, image_size=384, drop_path=0.1),
+    }
+    recipe["large"] = recipe["base"] | dict(lr=3e-5)
+
+    @staticmethod
+    def flags(parser, base):
+        task_flags(parser, base)
+
+    @staticmethod
+    def evaluation_flags(parser):
+        parser.add_argument("--predictions", metavar="FILE", help="CSV for NLVR2's metrics.py")
+
+    def __init__(self, args, config, start, run):
+        super().__init__()
+        self.sources = read_splits(
+            args.splits, lambda split: read(args.data, split, config.image_size)
+        )
+        training = "train" in self.sources
+        self.words = texts.vocabulary(
+            args, config, start, run, lambda: self.sources["train"].corpus()
+        )
+        self.tokenizer = self.words.tokenizer
+        config = dataclasses.replace(config, vocab_size=self.words.size)
+        trained = start if start and start.stage == "nlvr2" else None  # it has the head
+        fresh = ["pooler"] if not trained and args.fresh_pooler else []
+        self.model, self.origin = checkpoint.begin(config, start, args.seed, fresh)
+        self.head = classifier(config, 2 * config.dim, 2)
+        if trained:
+            checkpoint.load_exactly(self.head, trained.head, trained.path)
+        else:  # the type of the second image starts from that of the first, as released
+            self.model.types.data[2] = self.model.types.data[1]
+        self.loss_weights = {"loss": 1.0}
+        if training:
+            self.head_factor = args.head_factor
+            self.samples = [
+                Examples(self.sources["train"], self.words, self.target, config.image_size, args)
+            ]
+
+    def target(self, statement):
+        return torch.tensor(int(statement.label))
+
+    def forward(self, batch):
+        """batch: image (b, 2, 3, S, S); text, mask (b, T); target (b,), 1 = true."""
+        return {"loss": losses.class_loss(self.predict(batch), batch["target"])}
+
+    def predict(self, batch):
+        """→ logits (b, 2), class 1 = true."""
+        T, pooled = cut(batch["mask"]), []
+        text, mask = batch["text"][:, :T], batch["mask"][:, :T]
+        for image_type, image in enumerate(batch["image"].unbind(1), start=1):
+            hidden = self.model.encode_pair(text, mask, image, image_type, rows=1)  # (b, 1, D)
+            pooled.append(self.model.pool(hidden))  # (b, D)
+        return self.head(torch.cat(pooled, dim=1))
+
+    def results(self, predicted, source):
+        return accuracies(predicted, [source[i] for i in range(len(source))])
+
+    def submission(self, predicted, source):
+        """Lines "identifier,True"."""
+        return "".join(f"{source[i].id},{bool(value)}\n" for i, value in enumerate(predicted))
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+class Statement(NamedTuple):
+    """A record of NLVR2."""
+
+    image: tuple  # left and right
+    text: str
+    id: str  # split-set-pair-sentence
+    label: bool
+
+
+class WorldStatements(shapes.World):
+    """Statements on two scenes of the built-in world: each comes with four pairs of images, and is
+    true of two of them."""
+
+    def __len__(self):
+        return shapes.TIMES * self.count
+
+    def __getitem__(self, i):
+        text, _, label = self.statement(i)
+        return Statement(None, text, f"{self.split}-{i // shapes.TIMES}-{i % shapes.TIMES}-0", label)
+
+    def image(self, i):
+        return self.image_pair(i)
+
+
+def read(paths, split, image_size):
+    """The source of a split. Absent if there is none of that name."""
+    if list(paths) == ["shapes"]:
+        return WorldStatements(split, image_size)
+    return task_records(Statement, statements(task_folder(paths), split), split)
+
+
+FILES = {"train": "train", "val": "dev", "dev": "dev", "test": "test1", "test1": "test1"}
+
+
+def statements(folder, split):
+    """Records of a split, in the layout of NLVR2's release: the images of train in numbered folders,
+    those of dev and test1 in one folder each."""
+    if split not in FILES:
+        raise Absent(f"NLVR2 has no split {split}, but {', '.join(FILES)}")
+    name = FILES[split]
+    path = first_that_exists(
+        [folder / below / f"{name}.json" for below in ("", "data", "nlvr2/data")]
+    )
+    if not path.exists():
+        raise Absent(f"{path}: no such file; --data takes a folder with NLVR2's JSON lines and images")
+    root = first_that_exists([folder / name, folder / "images" / name])
+    seen = set()
+    for where, entry in json_lines(path):
+        with malformed(where):
+            id, text, label = entry["identifier"], entry["sentence"], entry["label"]
+            assert isinstance(text, str), "sentence"
+            assert label in ("True", "False"), "label"
+            pair, sentence = id.rsplit("-", 1)
+            assert pair.count("-") >= 2 and sentence, "identifier"
+        if id in seen:
+            raise UserError(f"{where}: identifier {id} comes twice")
+        seen.add(id)
+        within = root / str(entry["directory"]) if "directory" in entry else root
+        yield Statement(
+            (within / f"{pair}-img0.png", within / f"{pair}-img1.png"), text, id, label == "True"
+        )
+
+
+def first_that_exists(paths: list[Path]):
+    """The first of the paths that exists, else the first."""
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+# ---- The metric ----------------------------------------------------------------------------------
+
+
+def accuracies(predicted, statements):
+    """Truth values of a list of Statement → {"accuracy": percent of pairs, "consistency": percent of
+    sentences all of whose pairs are right}. An identifier without its pair names the sentence."""
+    right = collections.defaultdict(list)
+    for value, statement in zip(predicted, statements):
+        split, images, _, sentence = statement.id.split("-", 3)
+        right[split, images, sentence].append(bool(value) == statement.label)
+    pairs = [value for values in right.values() for value in values]
+    sentences = [all(values) for values in right.values()]
+    return {
+        "accuracy": 100 * sum(pairs) / len(pairs),
+        "consistency": 100 * sum(sentences) / len(sentences),
+    }

@@ -1,0 +1,250 @@
+"""The built-in world: scenes of two or three colored shapes, drawn with Pillow from (seed, split, index).
+
+A scene is {"layout", "things": [{"size", "color", "shape"}, …]} from left to right or from top to bottom. It has
+captions, questions and a class; two scenes have statements. No files, any size, the same on every machine.
+"""
+
+import functools
+import math
+import random
+
+from PIL import Image, ImageDraw
+
+from data import Absent, Picture, stable_hash
+
+COLORS = {
+    "red": (220, 40, 40),
+    "orange": (245, 150, 30),
+    "yellow": (240, 220, 50),
+    "green": (50, 160, 70),
+    "blue": (40, 90, 220),
+    "purple": (140, 60, 170),
+    "pink": (250, 160, 200),
+    "black": (30, 30, 30),
+}
+SIZES = {"small": 0.62, "large": 1.0}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+LAYOUTS = {  # two things: before, after; three things: forwards, backwards
+    "row": ("left of", "right of", "from left to right", "from right to left"),
+    "column": ("above", "below", "from top to bottom", "from bottom to top"),
+}
+ENDS = {"row": ("on the left", "on the right"), "column": ("at the top", "at the bottom")}  # the first, the last thing
+SCENES = {"train": 100_000, "val": 500, "test": 500}
+TIMES = 4  # questions per scene, and pairs of images per statement
+
+
+class World:
+    """A source of pictures with captions. The item of a scene is its meaning, and a hash of the meaning gives the scene
+    to one split: 8 tenths to train, 1 each to val and test. So splits share no scene and no caption."""
+
+    by_text = True  # in retrieval, a caption is right for every picture that has it
+
+    def __init__(self, split, image_size, seed=0, count=None):
+        """image_size in pixels. Absent for a split that is not in SCENES."""
+        if split not in SCENES:
+            raise Absent(f"the built-in world has no split {split}, but {', '.join(SCENES)}")
+        self.split, self.image_size, self.seed, self.count = split, image_size, seed, count or SCENES[split]
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        captions = describe(self.scene(i))
+        return Picture(None, captions, captions[0])
+
+    def image(self, i):
+        return draw_scene(self.scene(i), self.image_size, self.rng("drawing", i))
+
+    def count_captions(self):
+        return 2 * self.count
+
+    def corpus(self):
+        """Captions, questions and statements, enough for every word of this world to come many times."""
+        texts = [caption for i in range(min(self.count, 2000)) for caption in describe(self.scene(i))]
+        for i in range(0, 2000, 10):
+            texts += [self.question(i)[0], self.statement(i)[0]]
+        return texts
+
+    def rng(self, purpose, i):
+        return random.Random(f"{purpose} {self.seed} {self.split} {i}")
+
+    def scene(self, i):
+        return scene_from(self.split, f"{self.seed} {self.split} {i}")
+
+    def question(self, i):
+        """Question i, on scene i // TIMES → (text, answer, type of the answer as in VQA 2.0)."""
+        return ask(self.scene(i // TIMES), self.rng("question", i))
+
+    def statement(self, i):
+        """Statement i // TIMES → (text, holds(left scene, right scene), does it hold of the pair of images i?).
+        Every statement comes with TIMES pairs of images, and is true of half of them."""
+        rng = self.rng("statement", i // TIMES)
+        text, holds = state(rng)
+        return text, holds, rng.sample([True, False] * (TIMES // 2), TIMES)[i % TIMES]
+
+    def image_pair(self, i):
+        """The left and the right image of statement i."""
+        _, holds, label = self.statement(i)
+        rng = self.rng("pair", i)
+        scenes = [make_scene(self.split, rng) for _ in range(2)]
+        while holds(*scenes) != label:
+            scenes[rng.randrange(2)] = make_scene(self.split, rng)
+        return tuple(draw_scene(scene, self.image_size, rng) for scene in scenes)
+
+    def kind(self, i):
+        """The class of scene i: color and shape of its first thing, from the left or the top."""
+        return Trait(self.scene(i)["things"][0], "color", "shape").text
+
+
+# ---- Scenes and captions --------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(10_000)
+def scene_from(split, seed):
+    """Kept, because its captions, its picture and each of its questions ask for it."""
+    return make_scene(split, random.Random(seed))
+
+
+def make_scene(split, rng):
+    """A scene whose meaning belongs to a split."""
+    while True:
+        things = [make_thing(rng) for _ in range(rng.choice((2, 3)))]
+        scene = {"layout": rng.choice(list(LAYOUTS)), "things": things}
+        tenth = stable_hash(describe(scene)[0]) % 10
+        if split == {9: "test", 8: "val"}.get(tenth, "train"):
+            return scene
+
+
+def make_thing(rng):
+    return {"size": rng.choice(list(SIZES)), "color": rng.choice(list(COLORS)), "shape": rng.choice(SHAPES)}
+
+
+def describe(scene):
+    """All the captions that are right for a scene."""
+    names = [f"a {thing['size']} {thing['color']} {thing['shape']}" for thing in scene["things"]]
+    before, after, forwards, backwards = LAYOUTS[scene["layout"]]
+    if len(names) == 2:
+        first, last = names
+        return [f"{first} {before} {last}", f"{last} {after} {first}"]
+    first, middle, last = names
+    return [f"{first}, {middle} and {last} {forwards}", f"{last}, {middle} and {first} {backwards}"]
+
+
+# ---- Drawing --------------------------------------------------------------------------------------------------------
+
+
+def draw_scene(scene, size, rng):
+    """The scene as an RGB image (size, size); places, sizes, colors and background vary a little at random."""
+    canvas, n = 2 * size, len(scene["things"])  # drawn twice as large, then averaged: smooth edges
+    background = rng.randint(225, 255)
+    image = Image.new("RGB", (canvas, canvas), (background,) * 3)
+    for place, thing in enumerate(scene["things"]):
+        along = (place + 0.5 + rng.uniform(-0.06, 0.06)) / n
+        across = rng.uniform(0.35, 0.65)
+        x, y = (along, across) if scene["layout"] == "row" else (across, along)
+        radius = 0.155 * SIZES[thing["size"]] * rng.uniform(0.92, 1.08) * canvas
+        color = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLORS[thing["color"]])
+        draw_shape(ImageDraw.Draw(image), thing["shape"], x * canvas, y * canvas, radius, color)
+    return image.reduce(2)
+
+
+def draw_shape(draw, shape, x, y, r, color):
+    """Draws a shape around (x, y) within a circle of radius about r, in pixels."""
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=color)
+    elif shape == "ring":
+        draw.ellipse((x - r, y - r, x + r, y + r), outline=color, width=max(1, round(0.35 * r)))
+    elif shape == "square":
+        draw.rectangle((x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r), fill=color)
+    elif shape == "triangle":
+        draw.polygon(corners(x, y, 3, 1.1 * r), fill=color)
+    elif shape == "star":
+        draw.polygon(corners(x, y, 10, 1.1 * r, 0.45 * r), fill=color)
+    elif shape == "cross":
+        draw.rectangle((x - r, y - 0.32 * r, x + r, y + 0.32 * r), fill=color)
+        draw.rectangle((x - 0.32 * r, y - r, x + 0.32 * r, y + r), fill=color)
+
+
+def corners(x, y, count, *radii):
+    """Corners around (x, y), clockwise from the top; the radii take turns."""
+    found = []
+    for k in range(count):
+        radius, angle = radii[k % len(radii)], 2 * math.pi * k / count
+        found.append((x + radius * math.sin(angle), y - radius * math.cos(angle)))
+    return found
+
+
+# ---- Questions and statements ---------------------------------------------------------------------------------------
+
+
+class Trait:
+    """What a thing is by some of its properties: a text such as "red shape", and count(scene) of such things."""
+
+    def __init__(self, thing, *names):
+        self.wanted = {name: thing[name] for name in names}
+        noun = () if "shape" in names else ("shape",)
+        self.text = " ".join([*self.wanted.values(), *noun])
+
+    def count(self, scene):
+        return sum((thing | self.wanted) == thing for thing in scene["things"])
+
+
+def with_article(noun):
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def ask(scene, rng):
+    """A question about a scene: (text, answer, type of the answer as in VQA 2.0)."""
+    kind = rng.choice(("yes/no", "number", "other"))
+    if kind == "yes/no":
+        return *ask_whether(scene, rng), kind
+    if kind == "number":
+        return *ask_how_many(scene, rng), kind
+    return *ask_which(scene, rng), kind
+
+
+def ask_whether(scene, rng):
+    """Whether a color is there; as often yes as no."""
+    colors, answer = {thing["color"] for thing in scene["things"]}, rng.choice(("yes", "no"))
+    color = rng.choice([color for color in COLORS if (color in colors) == (answer == "yes")])
+    return f"is there {with_article(f'{color} shape')}?", answer
+
+
+def ask_how_many(scene, rng):
+    thing = rng.choice(scene["things"]) if rng.random() < 0.6 else make_thing(rng)
+    trait = Trait(thing, *rng.choice(((), ("color",), ("shape",))))
+    plural = f"{trait.text}{'es' if trait.text[-1] == 's' else 's'}"
+    return f"how many {plural} are there?", str(trait.count(scene))
+
+
+def ask_which(scene, rng):
+    """The color, shape or size of a thing, which is named by another property or by its place."""
+    things, wanted = scene["things"], rng.choice(("color", "shape", "size"))
+    thing = rng.choice(things)
+    trait = Trait(thing, rng.choice([name for name in ("color", "shape") if name != wanted]))
+    name = trait.text
+    if rng.random() < 0.5 or trait.count(scene) > 1:
+        end = rng.choice((0, -1))
+        thing, name = things[end], f"shape {ENDS[scene['layout']][end]}"
+    return f"what {wanted} is the {name}?", thing[wanted]
+
+
+def state(rng):
+    """A statement about two scenes: (text, holds), holds(left, right) → bool."""
+    trait = Trait(make_thing(rng), "color")
+    side, total = rng.choice((0, 1)), rng.choice((4, 5, 6))
+    name, number, what = ("left", "right")[side], {4: "four", 5: "five", 6: "six"}[total], with_article(trait.text)
+    kinds = [  # how often it comes, the statement, what it means
+        (3, f"the {name} image shows {what}.", lambda *scenes: trait.count(scenes[side]) > 0),
+        (2, f"both images show {what}.", lambda *scenes: all(map(trait.count, scenes))),
+        (2, f"neither image shows {what}.", lambda *scenes: not any(map(trait.count, scenes))),
+        (1, f"only one image shows {what}.", lambda *scenes: sum(trait.count(scene) > 0 for scene in scenes) == 1),
+        (1, f"the images show {number} shapes in all.", lambda *scenes: sum(map(size, scenes)) == total),
+        (1, f"the {name} image shows more shapes.", lambda *scenes: size(scenes[side]) > size(scenes[1 - side])),
+    ]
+    [(_, text, holds)] = rng.choices(kinds, [often for often, _, _ in kinds])
+    return text, holds
+
+
+def size(scene):
+    return len(scene["things"])

@@ -1,0 +1,212 @@
+"""What a stage of training is, and what a downstream task is: the contract that the loop of train.py relies on.
+
+Shape letters: b local batch, T text tokens, D dim, M masked tokens, V vocabulary.
+"""
+
+import argparse
+import dataclasses
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import losses
+import runtime
+from mome import Block, Config
+from runtime import UserError, at_least
+from texts import IGNORE
+
+
+class Stage(nn.Module):
+    """One kind of training: its recipe, flags, data, losses and measure. The loop of train.py knows nothing else of it.
+
+    A subclass has `recipe`, {config: defaults of flags} (without a row of their own, base_plus and large take that of
+    base), and four methods, always in this order:
+      flags(parser, base)                 adds the flags that only this stage has; base: the Config it starts from
+      __init__(args, config, start, run)  reads the data, builds the model from the Checkpoint `start` or from nothing
+      forward(*batches)                   one batch of each data set in `samples` → {name of a loss: scalar}
+      measure(split, device)              → {name: number} on split "val" or "test"
+    """
+
+    unit = "pairs"  # what a sample is
+    betas, weight_decay, decay = (0.9, 0.98), 0.01, "linear"  # AdamW and the learning rate (Section 4.1)
+    best = None  # of a task: the number that decides which step is kept as best.pt
+    takes_turns = False  # whether some steps train only a part of the parameters
+    head_factor = 1.0  # of the learning rate of the head
+    step = 0  # the step that is being computed; 0 before the first
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Module()
+        self.head = nn.Module()  # what later stages leave behind
+        self.loss_weights = {}  # {name of a loss: its factor}
+        self.sources = {}  # {split: what it is measured on}
+        self.samples = []  # data sets to train on
+        self.tokenizer = None
+        self.origin = {}  # {group of tensors: how it came from a checkpoint}, see checkpoint.fit
+        self.extra = {}  # what a checkpoint holds besides
+
+    @staticmethod
+    def architecture(base):
+        """The Config that a run of this stage starts from."""
+        return base
+
+    def note(self, args, run):
+        """What a run says of this stage when it starts."""
+        return ""
+
+    def epoch(self):
+        """How many samples an epoch has."""
+        return len(self.samples[0])
+
+    def measured(self):
+        """The splits that this stage can be measured on."""
+        return [split for split in ("val", "test") if split in self.sources]
+
+    def blocks(self):
+        """All Transformer blocks."""
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+
+CHOICES = {"position": ["absolute", "relative"], "experts": ["mome", "shared"], "attention": ["shared", "separate"]}
+
+
+def config_flags(parser, base, names=tuple(field.name for field in dataclasses.fields(Config))):
+    """Adds flags for fields of the Config."""
+    group = parser.add_argument_group("architecture")
+    for field in dataclasses.fields(Config):
+        if field.name in names:
+            flag, choices = "--" + field.name.replace("_", "-"), CHOICES.get(field.name)
+            metavar = None if choices else field.type.__name__.upper()
+            value = dataclasses.asdict(base)[field.name]
+            group.add_argument(flag, type=field.type, default=value, choices=choices, metavar=metavar, help="see mome.py")
+
+
+def weight_flag(group, name, default):
+    group.add_argument(f"--{name}-weight", type=at_least(0.0), default=default, metavar="W", help="0 drops the loss")
+
+
+# ---- A downstream task -----------------------------------------------------------------------------------------
+
+
+class Task(Stage):
+    """A task that chooses, for each sample, among answers, truth values or classes (Section 3.5).
+
+    Besides a stage's methods a subclass has
+      predict(batch)                  → logits (b, C) for C choices; batch: image, and text, mask (b, T)
+      results(predicted, source)      → {name: number}; predicted: a number of a choice per sample
+      submission(predicted, source)   → str, what the official server or script reads
+    Without "train" in args.splits it only evaluates a checkpoint.
+    """
+
+    best = "accuracy"
+    words = None  # of tasks with texts
+
+    @staticmethod
+    def evaluation_flags(parser):
+        """Adds the flags that only this task has in evaluate.py."""
+
+    @staticmethod
+    def check(start, args):
+        """UserError if a checkpoint cannot be evaluated on this task."""
+        if start.stage != args.stage:
+            advice = f"fine-tune it first: finetune.py --task {args.stage} --init {start.path}"
+            raise UserError(f"{start.path} (stage {start.stage}) has no head for task {args.stage}: {advice}")
+
+    def measure(self, split, device):
+        source = self.sources[split]
+        return self.results(self.answers(source, device), source)
+
+    def evaluate(self, args, run):
+        """Measures split args.split, and writes the predictions to args.predictions, if that is a path."""
+        source = self.sources[args.split]
+        run.print(f"{args.split}: {len(source)} {self.unit}")
+        predicted = self.answers(source, run.device, args.batch_size)
+        if args.predictions and run.main:
+            official = self.submission(predicted, source).encode()
+            runtime.write(args.predictions, lambda file: file.write(official))
+        return self.results(predicted, source)
+
+    @torch.no_grad()
+    def answers(self, source, device, batch=64):
+        """The number of the best choice for each sample of a source, on every process, which share the work."""
+        self.eval()
+        out = []
+        shares = data.shard(len(source), batch)
+        views = data.pictures(source, shares, self.model.config.image_size, device)
+        for numbers, image in zip(shares, views):
+            inputs = {"image": image}
+            if self.words:
+                ids, mask = self.words.encode_all([source[i].text for i in numbers])
+                inputs |= {"text": ids.to(device), "mask": mask.to(device)}
+            out.append(self.predict(inputs).argmax(1))
+        return losses.gather(torch.cat(out))[: len(source)].tolist()
+
+
+def task_flags(parser, base, images="randaugment", text=True):
+    """Adds the flags of every task."""
+    names = ("image_size", "max_text_len", "drop_path") if text else ("image_size", "drop_path")
+    group = parser.add_argument_group("head")
+    group.add_argument("--head-factor", type=at_least(0.0), default=1.0, metavar="F", help="of the head's learning rate")
+    if text:
+        fresh = "start the pooler from random weights"
+        group.add_argument("--fresh-pooler", action=argparse.BooleanOptionalAction, default=False, help=fresh)
+    data.flags(parser, images, text)
+    config_flags(parser, dataclasses.replace(base, max_text_len=min(base.max_text_len, 40)), names)
+
+
+def known_choices(start, found):
+    """The choices of a checkpoint of this task, in the order of its head. found: those of the training data, or None."""
+    known = start.extra["choices"]
+    if known is None:
+        raise UserError(f"{start.path} was imported without its answers: import it again, with --answers")
+    if found is not None and sorted(known) != sorted(found):
+        advice = "for a new head, name a checkpoint of another stage with --init"
+        raise UserError(f"{start.path} was trained with other answers or classes than --data has: {advice}")
+    return known
+
+
+# ---- What measures share --------------------------------------------------------------------------------------------
+
+
+def over_processes(sums):
+    """Sums (n,) of this process → those of all processes, as numbers."""
+    return losses.gather(sums[None]).sum(0).tolist()
+
+
+def percent(part, count):
+    return 100 * part / max(count, 1)
+
+
+def perplexity(loss, count):
+    """exp of a mean; infinite if that is too large, or there is nothing to average."""
+    return math.exp(loss / count) if count and loss / count < 700 else math.inf
+
+
+@torch.no_grad()
+def masked_words(predict, packed, training, device):
+    """The share of masked tokens (in percent) that predict(batch) → logits (M, V) finds in texts.Texts, its perplexity,
+    and those of the unigram distribution of the training texts (of 10 M tokens at most, one added to each count)."""
+    words = packed.words
+    seen = torch.from_numpy(np.bincount(training.tokens[: 10**7], minlength=words.size)).double().to(device)
+    seen[words.sep] = 0  # separates documents
+    unigram = ((seen + 1) / (seen + 1).sum()).log()
+    found = torch.zeros(5, dtype=torch.float64, device=device)  # masked, right, loss; unigram: right, loss
+    for numbers in data.sample_batches(len(packed)):
+        samples = [packed[0, i] for i in numbers]
+        batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
+        logits, labels = predict(batch).float(), batch["labels"][batch["labels"] != IGNORE]  # (M, V), (M,)
+        right, loss = (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
+        plain_right, plain_loss = (labels == seen.argmax()).sum(), -unigram[labels].sum()
+        found += torch.stack([right.new_tensor(len(labels)), right, loss, plain_right, plain_loss])
+    masked, right, loss, plain_right, plain_loss = over_processes(found)
+    return {
+        "accuracy": percent(right, masked),
+        "perplexity": perplexity(loss, masked),
+        "unigram accuracy": percent(plain_right, masked),
+        "unigram perplexity": perplexity(plain_loss, masked),
+        "masked": round(masked),
+    }

@@ -1,0 +1,286 @@
+"""VLMo's stages of pre-training: image, text, vision-language (Sections 3.3 and 3.4, Appendix B).
+
+Shape letters: b local batch, W processes, B = W·b global batch, T text tokens, N patches, D dim, K codes, M masked
+tokens.
+"""
+
+import dataclasses
+import math
+import random
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import data
+import dvae
+import losses
+import sources
+import texts
+from mome import CONFIGS, MIMHead
+from retrieval import retrieval
+from runtime import UserError, seed_all
+from stage import Stage, config_flags, masked_words, over_processes, percent, perplexity, weight_flag
+from texts import IGNORE, cut
+
+# ---- Stage image ----------------------------------------------------------------------------------------------------
+
+
+class Image(Stage):
+    """Masked image modeling: predicts the visual tokens of hidden patches (Section 3.4, as in BEiT). What an image
+    passes through is trained: patch embedding, attention, vision experts."""
+
+    unit, betas, weight_decay, decay = "images", (0.9, 0.999), 0.05, "cosine"
+    recipe = {
+        "tiny": dict(batch_size=64, steps=600, warmup=60, lr=1e-3, clip=1.0, save_every=100),
+        "base": dict(batch_size=2048, steps=500_000, warmup=10_000, lr=1.5e-3, clip=3.0),  # 800 epochs of ImageNet-1k
+    }
+
+    @staticmethod
+    def flags(parser, base):
+        group = parser.add_argument_group("stage image")
+        usual = "the tokenizer (default: the one --init was trained with, or runs/dvae/last.pt)"
+        group.add_argument("--dvae", metavar="FILE", help=usual)
+        data.flags(parser, images="crop")
+        config_flags(parser, base)
+
+    def __init__(self, args, config, start, run):
+        super().__init__()
+        self.side, self.loss_weights = config.image_size // config.patch_size, {"mim": 1.0}
+        self.sources = sources.read_splits(
+            args.splits, lambda split: sources.pictures(args.data, split, config.image_size)
+        )
+        self.model, self.origin = checkpoint.begin(config, start, args.seed)
+        self.tokenizer = start.tokenizer if start else None  # of an earlier stage with text
+
+        # The tokenizer of images: a checkpoint of this stage holds its own, and a head for its codes
+        path = args.dvae or "runs/dvae/last.pt"
+        keeps = start and "dvae" in start.extra and (start.resumed or not args.dvae)
+        if keeps and start.resumed and args.dvae != start.args["dvae"]:
+            raise UserError(f"--dvae: {start.path} goes on with the one it was trained with")
+        kept = start.extra["dvae"] if keeps else dvae.read(path)
+        self.dvae = dvae.build(kept, start.path if keeps else path)
+        if self.dvae.config.grid != self.side:
+            sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
+            raise UserError(f"the dVAE has {self.dvae.config.grid} codes a side, not {self.side}: train one with {sizes}")
+        self.extra = {"dvae": kept}
+
+        seed_all(args.seed, 1)
+        self.head = MIMHead(config, self.dvae.config.codes)
+        if keeps:
+            checkpoint.load_exactly(self.head, start.head, start.path)
+        self.samples = [data.Images(self.sources["train"], config.image_size, args, hide=self.hide)]
+
+    def hide(self, rng):
+        return data.mask_blocks(self.side, rng)
+
+    def forward(self, batch):
+        """batch: image (b, 3, S, S), hidden (b, N) bool."""
+        logits, codes = self.predict(batch["image"], batch["hidden"])
+        return {"mim": losses.masked_token_loss(logits, codes[batch["hidden"]])}
+
+    def predict(self, image, hidden):
+        """→ logits (M, K) of the hidden patches, codes (b, N) of all."""
+        codes = self.dvae.encode(image)
+        out = self.model.encode_image(image, masked=hidden, mask_embedding=self.head.mask_embedding)
+        return self.head(out[:, 1:][hidden]), codes
+
+    @torch.no_grad()
+    def measure(self, split, device):
+        """The share of hidden visual tokens (in percent) that the model finds, its perplexity, and two guesses: the most
+        frequent of all hidden codes, and the code of the nearest visible patch."""
+        self.eval()
+        source = self.sources[split]
+        found = torch.zeros(4, dtype=torch.float64, device=device)  # masked, right, nearest right, loss
+        used = torch.zeros(self.dvae.config.codes, dtype=torch.float64, device=device)
+        shares = data.sample_batches(len(source))
+        for numbers, image in zip(shares, data.pictures(source, shares, self.model.config.image_size, device)):
+            hidden = torch.stack([self.hide(random.Random(f"mask {i}")) for i in numbers]).to(device)  # (n, N)
+            logits, codes = self.predict(image, hidden)
+            labels, nearest = codes[hidden], nearest_visible(codes, hidden)[hidden]  # (M,)
+            right = (logits.argmax(1) == labels).sum()
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            found += torch.stack([right.new_tensor(len(labels)), right, (nearest == labels).sum(), loss])
+            used += torch.bincount(labels, minlength=len(used))
+        masked, right, nearest, loss, *used = over_processes(torch.cat([found, used]))
+        return {
+            "accuracy": percent(right, masked),
+            "perplexity": perplexity(loss, masked),
+            "nearest visible": percent(nearest, masked),
+            "most frequent": percent(max(used), masked),
+            "masked": round(masked),
+        }
+
+
+def nearest_visible(codes, hidden):
+    """For each patch the code of the nearest visible one (the first of equals). codes, hidden (n, N) → (n, N)."""
+    n, N = codes.shape
+    place = torch.arange(N, device=codes.device)
+    grid = torch.stack([place // math.isqrt(N), place % math.isqrt(N)], dim=1).float()  # (N, 2)
+    distance = torch.cdist(grid, grid).expand(n, N, N).masked_fill(hidden[:, None], torch.inf)  # (n, N, N)
+    return codes.gather(1, distance.argmin(2))
+
+
+# ---- Stage text -----------------------------------------------------------------------------------------------------
+
+
+class Text(Stage):
+    """Masked language modeling on text only: the language experts are trained, the attention and the vision experts of
+    stage image stay as they are (Section 3.4)."""
+
+    unit = "texts"
+    recipe = {
+        "tiny": dict(batch_size=64, steps=1000, warmup=75, lr=1e-3, clip=1.0, save_every=100, max_text_len=48),
+        "base": dict(batch_size=1024, steps=500_000, warmup=2500, lr=2e-4, max_text_len=196),
+    }
+    recipe["large"] = recipe["base"] | dict(steps=200_000)
+
+    @staticmethod
+    def flags(parser, base):
+        data.flags(parser, text=True)
+        config_flags(parser, base)
+
+    def __init__(self, args, config, start, run):
+        super().__init__()
+        if not start:
+            raise UserError("stage text keeps the attention of stage image: name its checkpoint with --init")
+        if config.experts == "shared":
+            raise UserError("stage text trains only language experts, and a model with --experts shared has none")
+        self.loss_weights = {"mlm": 1.0}
+        self.words = texts.vocabulary(args, config, start, run, lambda: texts.corpus(args.data))
+        self.tokenizer = self.words.tokenizer
+        config = dataclasses.replace(config, vocab_size=self.words.size)
+        self.model, self.origin = checkpoint.begin(config, start, args.seed)
+        self.model.requires_grad_(False)
+        for module in language_part(self.model):
+            module.requires_grad_(True)
+        self.texts = texts.packed(args.data, self.words, args.seed, run)
+        self.sources = {split: packed for split, packed in self.texts.items() if len(packed)}
+        self.samples = [self.texts["train"]]
+
+    def forward(self, batch):
+        """batch: masked, labels (b, T) int64, mask (b, T) bool."""
+        labels = batch["labels"][batch["labels"] != IGNORE]  # (M,)
+        return {"mlm": losses.masked_token_loss(self.predict(batch), labels)}
+
+    def predict(self, batch):
+        """→ logits (M, V) of the masked tokens."""
+        out = self.model.encode_text(batch["masked"], batch["mask"])  # (b, T, D)
+        return self.model.mlm_head(out[batch["labels"] != IGNORE])
+
+    def measure(self, split, device):
+        self.eval()
+        return masked_words(self.predict, self.texts[split], self.texts["train"], device)
+
+
+def language_part(model):
+    """What stage text trains, as released. The image rows of types and table get no gradient, so they stay."""
+    yield from (model.words, model.text_norm, model.types, model.norm, model.mlm_head)
+    yield model.text_position if model.config.position == "absolute" else model.relative_table
+    yield from (block.experts["language"] for block in model.blocks)
+
+
+# ---- Stage vl -------------------------------------------------------------------------------------------------------
+
+
+class VL(Stage):
+    """Image-text contrast, image-text matching and masked language modeling on pairs (Section 3.3)."""
+
+    recipe = {
+        "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100),
+        "base": dict(batch_size=1024, steps=200_000, warmup=2500, lr=2e-4),
+    }
+    recipe["tiny"] |= dict(max_text_len=CONFIGS["tiny"].max_text_len)
+    recipe["base"] |= dict(max_text_len=CONFIGS["base"].max_text_len)
+    recipe["large"] = recipe["base"] | dict(lr=5e-5)
+
+    @staticmethod
+    def flags(parser, base):
+        group = parser.add_argument_group("stage vl")
+        weight_flag(group, "itc", 1.0)
+        weight_flag(group, "itm", 1.0)
+        weight_flag(group, "mlm", 0.25)
+        negatives = "where hard negatives come from: all processes, or this one (Table 6)"
+        group.add_argument("--negatives", choices=["global", "local"], default="global", help=negatives)
+        data.flags(parser, images="randaugment", text=True)
+        config_flags(parser, base)
+
+    def __init__(self, args, config, start, run):
+        super().__init__()
+        weights = {"itc": args.itc_weight, "itm": args.itm_weight, "mlm": args.mlm_weight}
+        self.loss_weights = {name: weight for name, weight in weights.items() if weight > 0}
+        if not self.loss_weights:
+            raise UserError("--itc-weight, --itm-weight and --mlm-weight must not all be 0")
+        self.negatives = args.negatives
+        splits = args.splits if args.itc_weight else args.splits[:1]  # only ITC makes retrieval work
+        self.sources = sources.read_splits(splits, lambda split: sources.pairs(args.data, split, config.image_size))
+        self.words = texts.vocabulary(args, config, start, run, lambda: self.sources["train"].corpus())
+        self.tokenizer = self.words.tokenizer
+        config = dataclasses.replace(config, vocab_size=self.words.size)
+        self.model, self.origin = checkpoint.begin(config, start, args.seed)
+        if "train" in self.sources:
+            self.samples = [data.Pairs(self.sources["train"], self.words, config.image_size, args)]
+
+    def note(self, args, run):
+        """From how many samples a pair must be told apart."""
+        count = args.batch_size // args.accumulate
+        hard = count if self.negatives == "global" else count // run.world
+        contrast = f", {count} candidates for contrast" if "itc" in self.loss_weights else ""
+        return contrast + (f", {hard} for hard negatives" if "itm" in self.loss_weights else "")
+
+    def forward(self, batch):
+        """batch: image (b, 3, S, S); text, masked, labels (b, T) int64; mask (b, T) bool; ids (b, 2) int64."""
+        return self.pair_losses(batch, self.loss_weights)
+
+    def pair_losses(self, batch, wanted):
+        """Those of the losses "itc", "itm", "mlm" that are wanted, and 1/σ."""
+        image, text, mask, labels = batch["image"], batch["text"], batch["mask"], batch["labels"]
+        b, out, pairs = len(image), {}, []
+        same = losses.same_pairs(batch["ids"])  # (b, B) bool: the same picture or caption, so no negative
+        i2t = t2i = torch.zeros(same.shape, device=same.device)  # without ITC, every candidate is equally likely
+
+        # Image-text contrast: Eq. (3) and (4)
+        if "itc" in wanted:
+            T = cut(mask)
+            image_vectors = self.model.embed_image(image)  # (b, D)
+            text_vectors = self.model.embed_text(text[:, :T], mask[:, :T])  # (b, D)
+            i2t, t2i = losses.similarities(image_vectors, text_vectors, self.model.scale())  # (b, B) each
+            out["itc"] = losses.itc_loss(i2t, t2i, same)
+            out["scale"] = self.model.scale().detach()
+
+        # Pairs for the fusion encoder: masked pairs for MLM; for ITM matched pairs, and each with a wrong image and a
+        # wrong text. These hard negatives are drawn among all processes' samples, and sent by their owners.
+        if "mlm" in wanted:
+            pairs += [(batch["masked"], mask, image)]
+        if "itm" in wanted:
+            candidate = losses.candidates(same, self.negatives)  # (b, B) bool
+            drawn_image, image_found = losses.draw_negatives(t2i, candidate)  # (b,) each
+            drawn_text, text_found = losses.draw_negatives(i2t, candidate)
+            wrong_image = losses.exchange(image, drawn_image)
+            wrong_text, wrong_mask = losses.exchange(torch.stack([text, mask.long()], 1), drawn_text).unbind(1)
+            pairs += [(text, mask, image), (text, mask, wrong_image), (wrong_text, wrong_mask.bool(), image)]
+        if not pairs:
+            return out
+
+        # All of them in one pass
+        fused_texts, masks, images = (torch.cat(column) for column in zip(*pairs))  # n·b rows, n = 1, 3 or 4
+        T = cut(masks)
+        hidden = self.model.encode_pair(fused_texts[:, :T], masks[:, :T], images, rows=T)  # (n·b, T, D)
+
+        # Masked language modeling on the first b pairs, image-text matching on the last 3b
+        if "mlm" in wanted:
+            labels = labels[:, :T]
+            at = labels != IGNORE  # (b, T) bool: the M masked tokens
+            out["mlm"] = losses.masked_token_loss(self.model.mlm_head(hidden[:b][at]), labels[at])  # (M, V), (M,)
+        if "itm" in wanted:
+            logits = self.model.itm_head(self.model.pool(hidden[-3 * b :]))  # (3b, 2)
+            matched = torch.arange(3 * b, device=logits.device) < b
+            found = torch.cat([torch.ones_like(image_found), image_found, text_found])
+            out["itm"] = losses.itm_loss(logits, matched, found)
+        return out
+
+    def measure(self, split, device):
+        """Zero-shot retrieval."""
+        return retrieval(self.model, self.sources[split], self.words, device)
+
+

@@ -1,0 +1,289 @@
+"""Words: WordPiece and whole-word masking (Sections 3.1, 3.3), and plain text packed into samples (Section 3.4).
+
+Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP].
+"""
+
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the loader's forks
+
+import numpy as np
+import tokenizers
+import torch
+from torch.utils.data import Dataset
+
+import shapes
+from data import SPLITS, split_by_hash
+from runtime import UserError
+from sources import IMAGES, files_below
+
+IGNORE = -100  # a label that is not predicted
+
+# ---- WordPiece ------------------------------------------------------------------------------------------------------
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def wordpiece(vocab=None):
+    """BERT's uncased tokenizer over a {word piece: id} table; without a table, ready to be trained."""
+    model = tokenizers.models.WordPiece(vocab or {}, unk_token="[UNK]", max_input_chars_per_word=100)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    return tokenizer
+
+
+def train_tokenizer(texts, vocab_size):
+    """WordPiece of at most `vocab_size` entries, trained on a list of texts; the same every time.
+
+    The library numbers the inner letters ("##a") in the order of a salted hash, unless they are given to it in order.
+    """
+    tokenizer = wordpiece()
+    letters = sorted(set("".join(map(tokenizer.normalizer.normalize_str, texts))) - set(" "))
+    given = SPECIAL + ["##" + letter for letter in letters]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=given, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return wordpiece(tokenizer.get_vocab())
+
+
+def load_tokenizer(path):
+    """Reads `vocab.txt` (one piece per line, like BERT's) or `tokenizer.json`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"vocabulary {path} cannot be read: {error}") from None
+    if Path(path).suffix == ".json":
+        return tokenizer_from_json(text, path)
+    pieces = text.removesuffix("\n").split("\n")
+    tokenizer = wordpiece({piece.removesuffix("\r"): i for i, piece in enumerate(pieces)})
+    return check_tokenizer(tokenizer, path)
+
+
+def tokenizer_from_json(text, path):
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path} holds no tokenizer: {error}") from None
+    return check_tokenizer(tokenizer, path)
+
+
+def check_tokenizer(tokenizer, path):
+    if not isinstance(tokenizer.model, tokenizers.models.WordPiece):
+        raise UserError(f"vocabulary {path} is not WordPiece but {type(tokenizer.model).__name__}")
+    absent = [token for token in SPECIAL if tokenizer.token_to_id(token) is None]
+    if absent:
+        raise UserError(f"vocabulary {path} lacks {', '.join(absent)}")
+    ids = sorted(tokenizer.get_vocab().values())
+    if ids != list(range(len(ids))):
+        raise UserError(f"vocabulary {path} has an entry twice or a number without one: {len(ids)} up to {ids[-1]}")
+    tokenizer.no_padding()  # Words pads and cuts
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def vocabulary(args, config, start, run, corpus):
+    """The checkpoint's tokenizer, else --vocab, else a new one of at most config.vocab_size entries, trained on
+    corpus(), a list of texts → Words. UserError if --vocab is not the checkpoint's."""
+    given = load_tokenizer(args.vocab) if args.vocab else None
+    known = start.tokenizer if start else None
+    embedded = start.words_embedded if start else 0
+    if known and given and given.get_vocab() != known.get_vocab():
+        raise UserError(f"--vocab {args.vocab} is not the vocabulary that {start.path} was trained with")
+    if known and config.vocab_size != known.get_vocab_size():
+        raise UserError(f"--vocab-size: {start.path} keeps its vocabulary of {known.get_vocab_size()}")
+    if embedded and not known and not given:
+        raise UserError(f"{start.path} was imported without its vocabulary: name it with --vocab")
+    if embedded and given and given.get_vocab_size() != embedded:
+        sizes = f"has {given.get_vocab_size()} entries, and {start.path} embeds {embedded}"
+        raise UserError(f"--vocab {args.vocab} {sizes}: it is another vocabulary")
+    tokenizer = known or given
+    if not tokenizer:
+        text = run.from_main(lambda: train_tokenizer(corpus(), config.vocab_size).to_str())
+        tokenizer = tokenizer_from_json(text, "the new tokenizer")
+    return Words(tokenizer, config.max_text_len)
+
+
+class Words:
+    """Texts as token ids of one length: [T_CLS] words [T_SEP] padding."""
+
+    def __init__(self, tokenizer, length):
+        self.tokenizer, self.length, self.size = tokenizer, length, tokenizer.get_vocab_size()
+        self.pad, self.cls, self.sep, self.mask = (tokenizer.token_to_id(SPECIAL[i]) for i in (0, 2, 3, 4))
+        self.inner = np.zeros(self.size, dtype=bool)  # pieces that continue a word
+        self.inner[[i for piece, i in tokenizer.get_vocab().items() if piece.startswith("##")]] = True
+
+    def frame(self, pieces):
+        """Piece ids, at most T−2 of them → ids (T,) int64, mask (T,) bool, True = real token."""
+        ids = torch.full((self.length,), self.pad)
+        ids[: len(pieces) + 2] = torch.tensor([self.cls, *pieces, self.sep])
+        return ids, torch.arange(self.length) < len(pieces) + 2
+
+    def encode(self, text):
+        """A text, cut where it is too long → ids (T,) int64, mask (T,) bool."""
+        return self.frame(self.tokenizer.encode(text, add_special_tokens=False).ids[: self.length - 2])
+
+    def encode_all(self, texts):
+        """Texts → ids (n, T) int64, mask (n, T) bool, cut to the longest of them."""
+        ids, mask = (torch.stack(parts) for parts in zip(*map(self.encode, texts)))
+        T = cut(mask)
+        return ids[:, :T], mask[:, :T]
+
+    def words(self, ids):
+        """ids (T,) → the positions of each word's pieces: a piece that starts with "##" continues a word."""
+        words, inner = [], False  # inner: is there a word that a piece can continue?
+        for position, piece in enumerate(ids.tolist()):
+            if piece in (self.pad, self.cls, self.sep):
+                inner = False
+            elif inner and self.inner[piece]:
+                words[-1].append(position)
+            else:
+                words.append([position])
+                inner = True
+        return words
+
+    def mask_words(self, ids, rng):
+        """Masks 15 % of the words as wholes, at least one. Each of their tokens becomes [MASK] in 80 % of the cases, a
+        random token in 10 %, itself in 10 %. → masked ids (T,), labels (T,) with −100 where nothing is predicted."""
+        masked, labels, words = ids.clone(), torch.full_like(ids, IGNORE), self.words(ids)
+        for word in rng.sample(words, min(len(words), max(1, round(0.15 * len(words))))):
+            for position in word:
+                labels[position] = ids[position]
+                choice = rng.random()
+                if choice < 0.8:
+                    masked[position] = self.mask
+                elif choice < 0.9:
+                    masked[position] = rng.randrange(self.size)
+        return masked, labels
+
+
+def cut(mask):
+    """The length to which a batch of texts can be cut: its longest, rounded up to a multiple of 8. mask (B, T) bool."""
+    longest = int(mask.sum(1).max())
+    return min(-(-longest // 8) * 8, mask.shape[1])
+
+
+# ---- Plain text (Section 3.4) ---------------------------------------------------------------------------------------
+
+
+class Texts(Dataset):
+    """Training samples of packed text, indexed by (epoch, index): masked, labels (T,) int64, mask (T,) bool. Documents
+    fill a sample to the last token, and continue in the next (RoBERTa's full sentences)."""
+
+    def __init__(self, path, words, seed):
+        """path: a file of token ids, as sources.pack writes it."""
+        self.words, self.seed = words, seed
+        self.tokens = np.memmap(path, token_type(words), mode="r") if os.path.getsize(path) else np.zeros(0, np.uint16)
+
+    def __len__(self):
+        return -(-len(self.tokens) // (self.words.length - 2))
+
+    def __getitem__(self, key):
+        epoch, index = key
+        room = self.words.length - 2
+        text, mask = self.words.frame(self.tokens[index * room : (index + 1) * room].tolist())
+        masked, labels = self.words.mask_words(text, random.Random(f"{self.seed} {epoch} {index}"))
+        return {"masked": masked, "labels": labels, "mask": mask, "unreadable": torch.tensor(0)}
+
+
+def token_type(words):
+    return np.uint16 if words.size <= 2**16 else np.uint32
+
+
+def text_files(paths):
+    """Text files, and those below folders that end in .txt. UserError if there is none."""
+    found = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        if path.is_file() and path.suffix.lower() in (*IMAGES, ".json", ".jsonl"):
+            raise UserError(f"{path}: plain text is needed here")
+        files = files_below(path, (".txt",)) if path.is_dir() else [str(path)]
+        if not files:
+            raise UserError(f"{path}: plain text is needed here, and there is no *.txt below")
+        found += files
+    return found
+
+
+def read_lines(path):
+    """The lines of a text file, stripped."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield from map(str.strip, file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+
+
+def paragraphs(path):
+    """What stands between blank lines, each on one line."""
+    for filled, lines in itertools.groupby(read_lines(path), key=bool):
+        if filled:
+            yield " ".join(lines)
+
+
+def documents(path):
+    """The documents of a text file: its paragraphs, or its lines if it has no blank line inside."""
+    several = len(list(itertools.islice(paragraphs(path), 2))) == 2
+    yield from paragraphs(path) if several else filter(None, read_lines(path))
+
+
+def read_documents(paths):
+    """All documents as (split, text): those of text files, split by a hash of their text; or the built-in world's
+    captions, one per scene, because two that say the same would give each other's words away."""
+    if list(paths) == ["shapes"]:
+        for split in SPLITS:
+            world = shapes.World(split, 0)
+            yield from ((split, random.Random(i).choice(world[i].captions)) for i in range(len(world)))
+    else:
+        for path in text_files(paths):
+            yield from ((split_by_hash(document), document) for document in documents(path))
+
+
+def corpus(paths):
+    """Texts to train a vocabulary on: those of split train (of a million documents at most)."""
+    if list(paths) == ["shapes"]:
+        return shapes.World("train", 0).corpus()
+    return [text for split, text in itertools.islice(read_documents(paths), 10**6) if split == "train"]
+
+
+def pack(texts, words, folder):
+    """Writes the token ids of (split, text) pairs, a [T_SEP] after each text: one file per split, which Texts reads."""
+    parallel, texts = os.environ["TOKENIZERS_PARALLELISM"], iter(texts)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        with contextlib.ExitStack() as stack:
+            files = {split: stack.enter_context(open(Path(folder, split), "wb")) for split in SPLITS}
+            while chunk := list(itertools.islice(texts, 1000)):
+                encodings = words.tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
+                for (split, _), encoding in zip(chunk, encodings):
+                    if encoding.ids:
+                        np.array([*encoding.ids, words.sep], dtype=token_type(words)).tofile(files[split])
+    except OSError as error:
+        raise UserError(f"{folder}: no room for the tokens ({error}): TMPDIR names another place") from None
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = parallel
+
+
+def packed(paths, words, seed, run):
+    """{split: Texts}. The tokens are in files in the node's temporary folder, unlinked once all processes have them
+    open."""
+    if words.length < 3:
+        raise UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
+    folder = Path(tempfile.gettempdir(), run.from_main(lambda: f"vlmo-{uuid.uuid4().hex}"))
+    try:
+        run.once_a_node(lambda: (folder.mkdir(), pack(read_documents(paths), words, folder)))
+        texts = {split: Texts(folder / split, words, seed) for split in SPLITS}
+        run.meet()
+    finally:
+        if run.local_rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    if not len(texts["train"]):
+        raise UserError(f"{' '.join(paths)}: no text to train on")
+    return texts

@@ -1,0 +1,326 @@
+"""VQA 2.0: its files, answers, head, loss, metric and submission (Section 4.3, Appendix C).
+
+Shape letters: b local batch, T text tokens, A answers, D dim.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import checkpoint
+import losses
+import shapes
+import texts
+from data import Absent, Examples, split_by_hash
+from mome import classifier
+from runtime import UserError
+from sources import malformed, official_records, read_splits, task_folder, task_records
+from stage import Task, known_choices, task_flags
+from texts import cut
+
+
+class VQA(Task):
+    """The fusion encoder, and a classifier of [T_CLS] over A answers."""
+
+    unit = "questions"
+    recipe = {  # paper; drop-path and the head's factor: released code
+        "tiny": dict(epochs=0.32, batch_size=64, lr=5e-4, clip=1.0, save_every=100, fresh_pooler=True),
+        "base": dict(
+            epochs=10, batch_size=128, lr=3e-5, image_size=480, drop_path=0.15, head_factor=20.0
+        ),
+    }
+    recipe["large"] = recipe["base"] | dict(lr=1.5e-5)
+
+    @staticmethod
+    def flags(parser, base):
+        group = parser.add_argument_group("task vqa")
+        trainval = "train on all of val2014, too, but a fiftieth, which is then split val"
+        group.add_argument("--trainval", action="store_true", help=trainval)
+        task_flags(parser, base)
+
+    @staticmethod
+    def evaluation_flags(parser):
+        parser.add_argument("--predictions", metavar="FILE", help="JSON for the evaluation server")
+
+    def __init__(self, args, config, start, run):
+        super().__init__()
+        self.sources = read_sources(args, config.image_size)
+        training = "train" in self.sources
+        self.words = texts.vocabulary(
+            args, config, start, run, lambda: self.sources["train"].corpus()
+        )
+        self.tokenizer = self.words.tokenizer
+        config = dataclasses.replace(config, vocab_size=self.words.size)
+        trained = start if start and start.stage == "vqa" else None  # it has the head
+        fresh = ["pooler"] if not trained and args.fresh_pooler else []
+        self.model, self.origin = checkpoint.begin(config, start, args.seed, fresh)
+
+        # The answers, in the order of the head
+        self.choices = answers_to_learn(args, self.sources) if training else None
+        if trained:
+            self.choices = known_choices(trained, self.choices)
+        self.numbers = {answer: k for k, answer in enumerate(self.choices)}
+        self.extra = {"choices": self.choices}
+        self.head = classifier(config, config.dim, len(self.choices))
+        if trained:
+            checkpoint.load_exactly(self.head, trained.head, trained.path)
+        self.loss_weights = {"loss": 1.0}
+        if training:
+            self.head_factor = args.head_factor
+            self.samples = [
+                Examples(self.sources["train"], self.words, self.target, config.image_size, args)
+            ]
+
+    def target(self, question):
+        return soft_scores(question.answers, self.numbers)
+
+    def forward(self, batch):
+        """batch: image (b, 3, S, S); text, mask (b, T); target (b, A), soft scores."""
+        return {"loss": losses.answer_loss(self.predict(batch), batch["target"])}
+
+    def predict(self, batch):
+        """→ logits (b, A)."""
+        T = cut(batch["mask"])
+        text, mask = batch["text"][:, :T], batch["mask"][:, :T]
+        hidden = self.model.encode_pair(text, mask, batch["image"], rows=1)  # (b, 1, D)
+        return self.head(self.model.pool(hidden))
+
+    def results(self, predicted, source):
+        """VQA 2.0's accuracies; none where no answers are published."""
+        if not source[0].answers:
+            return {}
+        questions = [source[i] for i in range(len(source))]
+        return accuracies([self.choices[k] for k in predicted], questions)
+
+    def submission(self, predicted, source):
+        """[{"question_id", "answer"}, …] as JSON."""
+        pairs = []
+        for i, k in enumerate(predicted):
+            pairs.append({"question_id": source[i].id, "answer": self.choices[k]})
+        return json.dumps(pairs)
+
+    def evaluate(self, args, run):
+        if not self.sources[args.split][0].answers and not args.predictions:
+            advice = "--predictions writes yours for the server"
+            raise UserError(f"split {args.split} has no published answers: {advice}")
+        return super().evaluate(args, run)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    """A record of VQA 2.0. The last three are None where they are not published (test2015)."""
+
+    image: str
+    text: str
+    id: int
+    answers: list  # of the ten annotators
+    majority: str  # the most frequent answer
+    kind: str  # "yes/no", "number" or "other"
+
+
+class WorldQuestions(shapes.World):
+    """Four questions on every scene of the built-in world, with ten annotators who agree."""
+
+    def __len__(self):
+        return shapes.TIMES * self.count
+
+    def __getitem__(self, i):
+        text, answer, kind = self.question(i)
+        return Question(None, text, i, [answer] * 10, answer, kind)
+
+    def image(self, i):
+        return super().image(i // shapes.TIMES)
+
+
+def read_sources(args, image_size):
+    """{split: source} of --data. Training leaves out test2015, whose answers are not published."""
+    if "train" not in args.splits or args.data == ["shapes"]:
+        return read_splits(args.splits, lambda split: read(args.data, split, image_size))
+    names = {"train": "trainval", "val": "minival"} if args.trainval else {}
+    found = read_splits(
+        ["train", "val"], lambda split: read(args.data, names.get(split, split), image_size)
+    )
+    for split, source in found.items():
+        if not all(source[i].answers for i in (0, len(source) - 1)):  # trainval joins two files
+            raise UserError(f"--data {args.data[0]} has no annotations for split {split}")
+    return found
+
+
+def read(paths, split, image_size):
+    """The source of a split: train, val, test, test-dev; of val, minival has a fiftieth of the
+    images, and trainval the rest next to train. Absent if there is no such split."""
+    if list(paths) == ["shapes"]:
+        return WorldQuestions(split, image_size)
+    folder = task_folder(paths)
+    if split == "trainval":
+        rest = [question for question in questions(folder, "val") if not in_minival(question)]
+        return task_records(Question, [*questions(folder, "train"), *rest], split)
+    if split == "minival":
+        return task_records(Question, filter(in_minival, questions(folder, "val")), split)
+    return task_records(Question, questions(folder, split), split)
+
+
+def in_minival(question):
+    return split_by_hash(question.image.name) == "val"
+
+
+SUBSETS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
+
+
+def questions(folder, split):
+    """Records of a split. UserError where its two files do not fit together."""
+    if split not in SUBSETS:
+        raise Absent(f"VQA 2.0 has no split {split}, but {', '.join(SUBSETS)}, minival, trainval")
+    subset = SUBSETS[split]
+    path = folder / f"v2_OpenEnded_mscoco_{subset}_questions.json"
+    if not path.exists():
+        raise Absent(f"{path}: no such file; --data takes the folder of VQA 2.0's unpacked archives")
+    answers_path = folder / f"v2_mscoco_{subset}_annotations.json"
+    known = annotations(answers_path) if answers_path.exists() else None
+
+    images = subset.replace("-dev", "")
+    root = next((folder / below for below in (images, f"images/{images}") if (folder / below).is_dir()), folder / images)
+    seen = set()
+    for where, entry in official_records(path, "questions"):
+        with malformed(where):
+            text, id = entry["question"], entry["question_id"]
+            image = root / f"COCO_{images}_{entry['image_id']:012d}.jpg"
+            assert isinstance(text, str) and isinstance(id, int), "question and question_id"
+        if id in seen:
+            raise UserError(f"{path}: question_id {id} comes twice")
+        if known is not None and id not in known:
+            raise UserError(f"{answers_path} has no answers to question {id} of {path.name}")
+        seen.add(id)
+        yield Question(image, text, id, *(known[id] if known is not None else (None, None, None)))
+    for id in known or ():
+        if id not in seen:
+            raise UserError(f"{answers_path} has answers to question {id}, which {path.name} lacks")
+
+
+def annotations(path):
+    """{question_id: (answers, majority answer, type of the answer)}."""
+    known = {}
+    for where, entry in official_records(path, "annotations"):
+        with malformed(where):
+            answers = [answer["answer"] for answer in entry["answers"]]
+            record = answers, entry["multiple_choice_answer"], entry["answer_type"]
+            assert answers and all(isinstance(one, str) for one in (*answers, *record[1:])), "texts"
+            known[entry["question_id"]] = record
+    return known
+
+
+# ---- Answers -------------------------------------------------------------------------------------
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+DIGITS = {"none": "0"}
+for _number, _word in enumerate("zero one two three four five six seven eight nine ten".split()):
+    DIGITS[_word] = str(_number)
+CONTRACTIONS = """
+ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
+not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
+someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
+there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
+when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+APOSTROPHES = {}  # a contraction that lacks one of its apostrophes → the contraction
+for _word in CONTRACTIONS:
+    for _at in [match.start() for match in re.finditer("'", _word)]:
+        APOSTROPHES[_word[:_at] + _word[_at + 1 :]] = _word
+
+
+@functools.lru_cache(100_000)
+def normalise(answer):
+    """An answer as VQA 2.0's evaluation compares them: lower case; no articles, no punctuation, no
+    periods but in numbers; numbers to ten as digits; contractions with their apostrophes."""
+    given = text = " ".join(answer.split())
+    joined = re.search(r"\d,\d", given)  # as in "1,000"
+    for sign in PUNCTUATION:
+        # Next to a space, and in any text with such a number, a sign goes; elsewhere a space replaces it
+        goes = joined or f"{sign} " in given or f" {sign}" in given
+        text = text.replace(sign, "" if goes else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
+    words = [DIGITS.get(word, word) for word in text.lower().split()]
+    kept = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(APOSTROPHES.get(word, word) for word in kept)
+
+
+def answers_to_learn(args, sources):
+    """The answers of the training data; with --trainval of all there is, for the usual 3,129. The
+    first 5,000 questions of the built-in world have every answer."""
+    used = sources.values() if args.trainval else [sources["train"]]
+    majorities = []
+    for source in used:
+        count = min(len(source), 5000) if args.data == ["shapes"] else len(source)
+        majorities += [source[i].majority for i in range(count)]
+    answers = answer_vocabulary(majorities)
+    if not answers:
+        raise UserError(f"--data {args.data[0]}: no answer comes often enough to be learned")
+    return answers
+
+
+def answer_vocabulary(majorities):
+    """The answers that a model chooses from: the normalised majority answers that come at least 9
+    times, in the order of their first appearance. Those of train2014 and val2014 are the usual
+    3,129."""
+    counts = collections.Counter(map(normalise, majorities))
+    return [answer for answer, count in counts.items() if count >= 9]
+
+
+def released_answers(folder):
+    """The answers of the released VQA models from a folder of VQA 2.0, in the order of the authors'
+    preprocessing: as they come in train2014, then in val2014."""
+    majorities = []
+    for split in ("train", "val"):
+        majorities += [question.majority for question in questions(Path(folder), split)]
+    return answer_vocabulary(majority for majority in majorities if majority is not None)
+
+
+def soft_scores(answers, numbers):
+    """The annotators' answers → (A,) float: an answer that n of ten gave scores 0.3 n, at most 1.
+    numbers: {answer: its number among A}."""
+    scores = torch.zeros(len(numbers))
+    for answer in map(normalise, answers):
+        if answer in numbers:
+            scores[numbers[answer]] += 0.3
+    return scores.clamp(max=1)
+
+
+# ---- The metric ----------------------------------------------------------------------------------
+
+
+def accuracy(answer, answers):
+    """VQA 2.0's accuracy of one answer: min(n / 3, 1), where n of the annotators agree, averaged over
+    all the sets that leave one of them out."""
+    given = [normalise(other) for other in answers]
+    n, all = given.count(normalise(answer)), len(given)
+    return (n * min((n - 1) / 3, 1) + (all - n) * min(n / 3, 1)) / all
+
+
+def accuracies(predicted, questions):
+    """Answers to a list of Question → {"accuracy", and of each type of answer its accuracy, and that
+    of the best constant answer (of the ten most frequent) to all its questions}, in percent."""
+    kinds = collections.defaultdict(list)
+    for answer, question in zip(predicted, questions):
+        kinds[question.kind].append((answer, question))
+    out = {"accuracy": mean_accuracy(zip(predicted, questions))}
+    for kind, pairs in sorted(kinds.items()):
+        same_kind = [question for _, question in pairs]
+        frequent = collections.Counter(question.majority for question in same_kind).most_common(10)
+        constants = [mean_accuracy((answer, q) for q in same_kind) for answer, _ in frequent]
+        out |= {kind: mean_accuracy(pairs), f"{kind}, best constant": max(constants)}
+    return out
+
+
+def mean_accuracy(pairs):
+    """(answer, Question) pairs → percent."""
+    values = [accuracy(answer, question.answers) for answer, question in pairs]
+    return 100 * sum(values) / len(values)
