@@ -1,8 +1,10 @@
-"""Checkpoints: what the file holds, saving and reading it, resuming a run, and beginning another model from it.
+"""Checkpoints: what the file holds, saving and reading it, resuming a run, and beginning another
+model from it.
 
-Tensors come in *groups*, which are learned, saved and taken as a whole: a module of the trunk or a head by its name;
-of the blocks, one modality's experts, or the norms, …, of all layers together ("blocks.*.experts.language").
-A checkpoint holds only groups that have been learned, so that a later stage knows what must start in another way.
+Tensors come in *groups*, which are learned, saved and taken as a whole: a module of the trunk or a
+head by its name; of the blocks, one modality's experts, or the norms, …, of all layers together
+("blocks.*.experts.language"). A checkpoint holds only groups that have been learned, so that a
+later stage knows what must start in another way.
 """
 
 import collections
@@ -50,7 +52,7 @@ def trainable(model):
     return groups(name for name, p in model.named_parameters() if p.requires_grad)
 
 
-# ---- The file -------------------------------------------------------------------------------------------------------
+# ---- The file ------------------------------------------------------------------------------------
 
 DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError)
 DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a file that is no checkpoint
@@ -59,9 +61,10 @@ DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a
 class Checkpoint:
     """A checkpoint in memory. UserError if the content is not one of this project and version.
 
-    stage: the stage or task that wrote it. step, args, processes: of its run. config: a Config, or of stage dvae the
-    fields of its own. tensors, head: of the model and of what later stages leave behind. tokenizer: or None. extra: what the
-    stage keeps besides, such as the answers of VQA. resumed: whether the run goes on, or another one begins from it.
+    stage: the stage or task that wrote it. step, args, processes: of its run. config: a Config, or
+    of stage dvae the fields of its own. tensors, head: of the model and of what later stages leave
+    behind. tokenizer: or None. extra: what the stage keeps besides, such as the answers of VQA.
+    resumed: whether the run goes on, or another one begins from it.
     """
 
     def __init__(self, path, content, resumed=False):
@@ -133,7 +136,8 @@ def find(out, resume, init):
 
 
 def save(path, stage, args, run, step, record, optimizer=None, scaler=None):
-    """Writes a checkpoint, on process 0: settings, what has been learned, and what a resumed run needs."""
+    """Writes a checkpoint, on process 0: settings, what has been learned, and what a resumed run
+    needs."""
     if not run.main:
         return
     taken = [name for name, how in stage.origin.items() if how in ("taken", "resampled")]
@@ -157,14 +161,15 @@ def settings(stage, args, run):
 
 
 def learned(model, taken):
-    """The part of the state dict to save: groups in `taken`, those that train now, and what every file has."""
+    """The part of the state dict to save: groups in `taken`, those that train now, and what every
+    file has."""
     kept = {*taken, *trainable(model)}
     return {name: t for name, t in model.state_dict().items() if group(name) in kept or group(name) not in OPTIONAL}
 
 
 def prepare(stage, args, run, resumed):
-    """Makes the folder of a run, and writes config.json. An earlier run in it is moved aside, unless it is resumed.
-    → its path"""
+    """Makes the folder of a run, and writes config.json. An earlier run in it is moved aside,
+    unless it is resumed. → its path"""
     out = Path(args.out)
     if not run.main:
         return out
@@ -181,14 +186,16 @@ def prepare(stage, args, run, resumed):
     return out
 
 
-# ---- Beginning another model ----------------------------------------------------------------------------------------
+# ---- Beginning another model ---------------------------------------------------------------------
 
-# Fields that must be equal: no tensor can be converted between their values (LayerScale: with or without).
+# Fields that must be equal: no tensor can be converted between their values (LayerScale: with or
+# without).
 FIXED = ("dim", "layers", "heads", "patch_size", "position", "experts", "attention", "layer_scale")
 
 
 def begin(config, start, seed, fresh=()):
-    """A model of this Config with what a checkpoint has learned, except groups in `fresh` → VLMo, origin.
+    """A model of this Config with what a checkpoint has learned, except groups in `fresh` → VLMo,
+    origin.
 
     origin: {group: how it came}, empty without a checkpoint (see fit).
     """
@@ -201,11 +208,13 @@ def begin(config, start, seed, fresh=()):
 
 
 def fit(model, tensors, config, path):
-    """Gives the model what another checkpoint learned (its tensors, not copies of them, and its Config) → {group: how}.
+    """Gives the model what another checkpoint learned (its tensors, not copies of them, and its
+    Config) → {group: how}.
 
-    how is "taken"; "resampled", for positions at another resolution or text length; "copied", for experts (and separate
-    attention) of language and vl that the file lacks, which start from the vision ones (Table 4); or "fresh", left as
-    they are. UserError where the architectures differ, or the file lacks or has a tensor that it should not.
+    how is "taken"; "resampled", for positions at another resolution or text length; "copied", for
+    experts (and separate attention) of language and vl that the file lacks, which start from the
+    vision ones (Table 4); or "fresh", left as they are. UserError where the architectures differ,
+    or the file lacks or has a tensor that it should not.
     """
     old, new = dataclasses.asdict(config), dataclasses.asdict(model.config)
     for name in FIXED:
@@ -238,7 +247,8 @@ def fit(model, tensors, config, path):
 
 
 def load_exactly(module, tensors, path):
-    """Loads a state dict of exactly this module's names and shapes. UserError that names the first that differs."""
+    """Loads a state dict of exactly this module's names and shapes. UserError that names the first
+    that differs."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in wanted | found:
@@ -249,7 +259,8 @@ def load_exactly(module, tensors, path):
 
 
 def vision_name(name):
-    """The name of the vision expert's (or projection's) tensor that a language or vl one starts from."""
+    """The name of the vision expert's (or projection's) tensor that a language or vl one starts
+    from."""
     return ".".join("vision" if part in ("language", "vl") else part for part in name.split("."))
 
 
@@ -271,12 +282,12 @@ def report(rows):
     return "\n".join(lines)
 
 
-# ---- Positions at another resolution or text length -----------------------------------------------------------------
+# ---- Positions at another resolution or text length ----------------------------------------------
 
 
 def fitted(name, tensor, old, fresh, new):
-    """A tensor of a checkpoint of Config `old` for a model of Config `new`, in which it is `fresh` → tensor, and
-    whether it is unchanged."""
+    """A tensor of a checkpoint of Config `old` for a model of Config `new`, in which it is `fresh`
+    → tensor, and whether it is unchanged."""
     old_side, side = (config.image_size // config.patch_size for config in (old, new))
     if name == "image_position" and old_side != side:
         patches = resample(tensor[1:].view(old_side, old_side, -1), side)
@@ -295,8 +306,9 @@ def resample(grid, side):
 
 
 def fit_table(table, old_side, side, old_reach, reach):
-    """A relative-position table (R, L·H) at another resolution (patch offsets resampled) and another reach of the text
-    (words farther apart than the table knows are treated like the farthest that it knows)."""
+    """A relative-position table (R, L·H) at another resolution (patch offsets resampled) and
+    another reach of the text (words farther apart than the table knows are treated like the
+    farthest that it knows)."""
     old_span, span = 2 * old_side - 1, 2 * side - 1
     I = old_span**2 + 3
     patches = resample(table[: I - 3].view(old_span, old_span, -1), span).flatten(0, 1)

@@ -115,7 +115,8 @@ class Probe(Classify):
 
 
 class Standardise(nn.Module):
-    """(x − mean) / deviation of features (b, D), with numbers that are set once; 0 and 1 until then."""
+    """(x − mean) / deviation of features (b, D), with numbers that are set once; 0 and 1 until
+    then."""
 
     def __init__(self, features):
         super().__init__()

@@ -1,10 +1,13 @@
-"""What a sample is: views of an image, its masks, pairs; the order of samples, and the loader. (Words are in text.py.)
+"""What a sample is: views of an image, its masks, pairs; the order of samples, and the loader.
+(Words are in text.py.)
 
-A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; and `source.image(i)`, an RGB image or
-a tuple of two. Sources with text also have `source.corpus()`, texts to train a vocabulary on.
-Every random choice about a sample is a function of (seed, epoch, index), so the order of workers does not matter.
+A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; and
+`source.image(i)`, an RGB image or a tuple of two. Sources with text also have `source.corpus()`,
+texts to train a vocabulary on. Every random choice about a sample is a function of (seed, epoch,
+index), so the order of workers does not matter.
 
-Shape letters: B batch, b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of an image in pixels.
+Shape letters: B batch, b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of
+an image in pixels.
 """
 
 import functools
@@ -25,7 +28,8 @@ import losses
 from runtime import UserError, at_least, loader_workers
 
 class Picture(NamedTuple):
-    """A record of a picture and its captions, or none. Pictures of one item are no negatives of each other."""
+    """A record of a picture and its captions, or none. Pictures of one item are no negatives of
+    each other."""
 
     image: str  # the path
     captions: list
@@ -41,7 +45,8 @@ class Absent(UserError):
 
 
 def flags(parser, images=None, text=False):
-    """Adds the flags of training data. images: how training images are augmented by default; None: there are none."""
+    """Adds the flags of training data. images: how training images are augmented by default; None:
+    there are none."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", default=["shapes"], metavar="PATH", help="shapes: the built-in world")
     if images:
@@ -55,7 +60,7 @@ def flags(parser, images=None, text=False):
     group.add_argument("--workers", type=at_least(0), metavar="N", help=workers)
 
 
-# ---- Images: reading, and augmentation in Pillow (Section 4.1) ------------------------------------------------------
+# ---- Images: reading, and augmentation in Pillow (Section 4.1) -----------------------------------
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
 GRAY = (128, 128, 128)
@@ -125,14 +130,15 @@ AUGMENTATIONS = ("none", "crop", "randaugment")
 
 
 def augment(image, size, rng, kind="randaugment", flip=False):
-    """A training view (S, S): "none" (resized), "crop" (random resized crop), "randaugment" (crop, then both)."""
+    """A training view (S, S): "none" (resized), "crop" (random resized crop), "randaugment" (crop,
+    then both)."""
     image = resize(image, size) if kind == "none" else random_resized_crop(image, size, rng)
     if flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)
     return rand_augment(image, rng) if kind == "randaugment" else image
 
 
-# ---- Blockwise masking (Section 3.4, as in BEiT) --------------------------------------------------------------------
+# ---- Blockwise masking (Section 3.4, as in BEiT) -------------------------------------------------
 
 MASKED, SMALLEST = 75 / 196, 16 / 196  # of all patches: how many are hidden, and the smallest block
 
@@ -140,9 +146,10 @@ MASKED, SMALLEST = 75 / 196, 16 / 196  # of all patches: how many are hidden, an
 def mask_blocks(side, rng):
     """Which of side × side patches are hidden: (N,) bool, row by row, True = hidden.
 
-    Blocks of random size, 3:1 to 1:3, at random places, each with at least SMALLEST of the grid, until MASKED of it is
-    hidden (rounded up or down at random, so that small grids have their share) and never more: a block that would add
-    more, or nothing, is drawn again, a hundred times at most.
+    Blocks of random size, 3:1 to 1:3, at random places, each with at least SMALLEST of the grid,
+    until MASKED of it is hidden (rounded up or down at random, so that small grids have their
+    share) and never more: a block that would add more, or nothing, is drawn again, a hundred times
+    at most.
     """
     wanted, smallest = int(MASKED * side * side + rng.random()), max(1, round(SMALLEST * side * side))
     hidden = np.zeros((side, side), dtype=bool)
@@ -161,11 +168,12 @@ def mask_blocks(side, rng):
     return torch.from_numpy(hidden.flatten())
 
 
-# ---- Training samples -----------------------------------------------------------------------------------------------
+# ---- Training samples ----------------------------------------------------------------------------
 
 
 def stable_hash(text):
-    """A 63-bit number of a text, the same in every process and run (Python's own hash is salted)."""
+    """A 63-bit number of a text, the same in every process and run (Python's own hash is
+    salted)."""
     code = text.encode("utf-8", "surrogateescape")  # names of files need not be valid text
     return int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), "big") >> 1
 
@@ -174,7 +182,8 @@ SPLITS = ("train", "val", "test")
 
 
 def split_by_hash(name):
-    """The split of what has none: by a hash of its name or text, a fiftieth each for val and test."""
+    """The split of what has none: by a hash of its name or text, a fiftieth each for val and
+    test."""
     return {0: "test", 1: "val"}.get(stable_hash(name) % 50, "train")
 
 
@@ -184,8 +193,9 @@ IN_A_ROW = 100  # unreadable images in a row: not a few broken files, but a disk
 class Images(Dataset):
     """Training samples of a source, indexed by (epoch, index).
 
-    image: uint8 (3, S, S), or (2, 3, S, S) of two images. hidden: (N,) bool, True = masked patch, if `hide` is given.
-    unreadable: how many pictures in a row could not be read before one that could and that replaces them.
+    image: uint8 (3, S, S), or (2, 3, S, S) of two images. hidden: (N,) bool, True = masked patch,
+    if `hide` is given. unreadable: how many pictures in a row could not be read before one that
+    could and that replaces them.
     """
 
     def __init__(self, source, image_size, args, usual="crop", hide=None):
@@ -210,8 +220,9 @@ class Images(Dataset):
         return {"image": self.view(image, rng)}
 
     def read(self, index):
-        """→ number of the sample, its image, and how many before it could not be read. An error in a loader process
-        would end in a traceback, so a gray image stands for IN_A_ROW unreadable ones, and the Loader stops."""
+        """→ number of the sample, its image, and how many before it could not be read. An error in
+        a loader process would end in a traceback, so a gray image stands for IN_A_ROW unreadable
+        ones, and the Loader stops."""
         for unreadable in range(IN_A_ROW):
             i = (index + unreadable) % len(self.source)
             try:
@@ -229,8 +240,8 @@ class Images(Dataset):
 
 
 class Pairs(Images):
-    """Training samples (image, one of its captions): besides those of Images, text, masked, labels (T,) int64; mask
-    (T,) bool, True = real token; ids (2,) int64, hashes of item and caption."""
+    """Training samples (image, one of its captions): besides those of Images, text, masked, labels
+    (T,) int64; mask (T,) bool, True = real token; ids (2,) int64, hashes of item and caption."""
 
     def __init__(self, source, words, image_size, args, hide=None):
         super().__init__(source, image_size, args, "randaugment", hide)
@@ -247,7 +258,8 @@ class Pairs(Images):
 
 
 class Examples(Images):
-    """Training samples of a task: besides those of Images, text and mask (T,) if it has texts; target, a tensor."""
+    """Training samples of a task: besides those of Images, text and mask (T,) if it has texts;
+    target, a tensor."""
 
     def __init__(self, source, words, target, image_size, args, usual="randaugment"):
         """words: None if the task has no texts. target: (record) → tensor."""
@@ -262,13 +274,14 @@ class Examples(Images):
         return sample
 
 
-# ---- The order of samples, and the loader ---------------------------------------------------------------------------
+# ---- The order of samples, and the loader --------------------------------------------------------
 
 
 class Order:
-    """Which samples each batch holds, without end: batch k of all W processes is positions k·W·b … (k+1)·W·b of the
-    shuffled epochs, and process r takes its r-th part. So the global batch is the same for any W, and a position in
-    the data is a number. Iterating gives lists of b (epoch, index), from batch `start` on."""
+    """Which samples each batch holds, without end: batch k of all W processes is positions k·W·b …
+    (k+1)·W·b of the shuffled epochs, and process r takes its r-th part. So the global batch is the
+    same for any W, and a position in the data is a number. Iterating gives lists of b (epoch,
+    index), from batch `start` on."""
 
     def __init__(self, length, batch, rank, world, seed, start=0):
         self.length, self.batch, self.rank, self.world, self.seed, self.start = length, batch, rank, world, seed, start
@@ -287,7 +300,8 @@ class Order:
 class Loader:
     """This process's batches without end: tuples of a batch from each data set, on the device.
 
-    Counts unreadable images. UserError if they are more than 1 % of what was read (and 10), or IN_A_ROW in a row.
+    Counts unreadable images. UserError if they are more than 1 % of what was read (and 10), or
+    IN_A_ROW in a row.
     """
 
     def __init__(self, samples, args, run, start=0):
@@ -318,11 +332,12 @@ class Loader:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
 
-# ---- What an evaluation reads ---------------------------------------------------------------------------------------
+# ---- What an evaluation reads --------------------------------------------------------------------
 
 
 class Views(Dataset):
-    """The images of a source, or pairs of them, as evaluation sees them; a message in place of an unreadable one."""
+    """The images of a source, or pairs of them, as evaluation sees them; a message in place of an
+    unreadable one."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
@@ -344,7 +359,8 @@ def stack(views):
 
 
 def pictures(source, batches, size, device):
-    """For each list of numbers in batches: uint8 (n, 3, S, S), or pairs (n, 2, 3, S, S). Unreadable if one is."""
+    """For each list of numbers in batches: uint8 (n, 3, S, S), or pairs (n, 2, 3, S, S). Unreadable
+    if one is."""
     loader = DataLoader(
         Views(source, size), batch_sampler=batches, num_workers=loader_workers(device), collate_fn=stack
     )
@@ -355,7 +371,8 @@ def pictures(source, batches, size, device):
 
 
 def shard(count, batch):
-    """This process's share of 0 … count−1, in batches. Shares are equally long: the last number may come again."""
+    """This process's share of 0 … count−1, in batches. Shares are equally long: the last number may
+    come again."""
     share = -(-count // losses.world())
     first = min(losses.rank() * share, count)
     mine = [min(first + k, count - 1) for k in range(share)]
@@ -363,6 +380,7 @@ def shard(count, batch):
 
 
 def sample_batches(count, batch=64):
-    """This process's share of 0 … count−1 (10,000 at most), each number once over all processes, in batches."""
+    """This process's share of 0 … count−1 (10,000 at most), each number once over all processes, in
+    batches."""
     mine = list(range(losses.rank(), min(count, 10_000), losses.world()))
     return [mine[k : k + batch] for k in range(0, len(mine), batch)]

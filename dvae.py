@@ -1,10 +1,12 @@
-"""The discrete image tokenizer whose codes stage image predicts: a small convolutional discrete VAE, and its stage.
+"""The discrete image tokenizer whose codes stage image predicts: a small convolutional discrete
+VAE, and its stage.
 
-The paper's come from DALL-E (Section 3.4, by way of BEiT). This one is of the same kind: an encoder gives each cell of
-a grid a distribution over a codebook, a decoder makes the image from one code a cell, and both learn through the
-Gumbel-softmax relaxation of the draw (Jang et al., 2017).
+The paper's come from DALL-E (Section 3.4, by way of BEiT). This one is of the same kind: an encoder
+gives each cell of a grid a distribution over a codebook, a decoder makes the image from one code a
+cell, and both learn through the Gumbel-softmax relaxation of the draw (Jang et al., 2017).
 
-Shape letters: B batch, W processes, G cells on a side of the grid, N = G² cells, K codes, C channels.
+Shape letters: B batch, W processes, G cells on a side of the grid, N = G² cells, K codes, C
+channels.
 """
 
 import math
@@ -77,7 +79,8 @@ class Tokenizer(nn.Module):
         return image
 
     def encode(self, image):
-        """The likeliest code of each cell, row by row, in full precision. image (B, 3, S, S) → (B, N) int64."""
+        """The likeliest code of each cell, row by row, in full precision. image (B, 3, S, S) → (B,
+        N) int64."""
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             return self.encoder(self.pixels(image)).argmax(1).flatten(1)
 
@@ -86,7 +89,8 @@ class Tokenizer(nn.Module):
         return self._decode(self.codebook(codes))
 
     def forward(self, image, temperature):
-        """image (B, 3, S, S) → pixels and their reconstruction (B, 3, 8G, 8G), logits (B, N, K) of the codes."""
+        """image (B, 3, S, S) → pixels and their reconstruction (B, 3, 8G, 8G), logits (B, N, K) of
+        the codes."""
         pixels = self.pixels(image)
         logits = self.encoder(pixels).flatten(2).transpose(1, 2)  # (B, N, K)
         drawn = F.gumbel_softmax(logits.float(), temperature)  # (B, N, K): nearly one-hot when cold
@@ -97,16 +101,18 @@ class Tokenizer(nn.Module):
 
 
 def temperature(progress):
-    """Of the relaxation, falling geometrically. progress 0 … 1: the share of training that is done."""
+    """Of the relaxation, falling geometrically. progress 0 … 1: the share of training that is
+    done."""
     return HOT * (COLD / HOT) ** progress
 
 
 def dvae_losses(pixels, reconstruction, logits):
     """The two sides of the evidence bound, as one process's part of means over all (losses.py).
 
-    pixels, reconstruction (b, 3, ·, ·); logits (b, N, K) → {"reconstruction": mean squared error, "kl": nats}.
-    The bound's KL(q(z|x) ‖ uniform) is, on average, what a code says about its image plus KL(q(z) ‖ uniform) of the
-    codebook's use over all images; only the second is punished here: codes should say much, and all should serve.
+    pixels, reconstruction (b, 3, ·, ·); logits (b, N, K) → {"reconstruction": mean squared error,
+    "kl": nats}. The bound's KL(q(z|x) ‖ uniform) is, on average, what a code says about its image
+    plus KL(q(z) ‖ uniform) of the codebook's use over all images; only the second is punished here:
+    codes should say much, and all should serve.
     """
     posterior = logits.float().softmax(-1).flatten(0, 1).mean(0, keepdim=True)  # (1, K)
     used = losses.gather(posterior).mean(0)  # (K,): q(z) of the global batch
@@ -115,12 +121,13 @@ def dvae_losses(pixels, reconstruction, logits):
 
 
 def codebook_use(counts):
-    """counts (K,): how often each code serves → how many do, and their perplexity exp(entropy): K if all do equally."""
+    """counts (K,): how often each code serves → how many do, and their perplexity exp(entropy): K
+    if all do equally."""
     share = counts.double() / counts.sum()
     return int((share > 0).sum()), math.exp(-(share * share.clamp(min=1e-20).log()).sum().item())
 
 
-# ---- The stage ------------
+# ---- The stage -----------------------------------------------------------------------------------
 
 
 class DVAE(Stage):
@@ -163,8 +170,8 @@ class DVAE(Stage):
 
     @torch.no_grad()
     def measure(self, split, device):
-        """How many codes are used, their perplexity, and the mean squared error of reconstructions from codes only
-        (pixels in −1 … 1). Writes a picture of 16 reconstructions."""
+        """How many codes are used, their perplexity, and the mean squared error of reconstructions
+        from codes only (pixels in −1 … 1). Writes a picture of 16 reconstructions."""
         self.eval()
         source = self.sources[split]
         if losses.rank() == 0:

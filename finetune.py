@@ -1,8 +1,9 @@
 """Fine-tuning on the paper's tasks (Section 3.5, Figure 3; Sections 4.3–4.5, Appendices C and D).
 
     python finetune.py --task vqa --init runs/vl/last.pt                     # the built-in world
-    python finetune.py --task vqa --help                   # the flags of a task, with their defaults
-    torchrun --nproc_per_node=8 finetune.py --task nlvr2 --init runs/vl/last.pt --data nlvr2 --amp bf16
+    python finetune.py --task vqa --help                   # the flags of a task, with their
+    defaults torchrun --nproc_per_node=8 finetune.py --task nlvr2 --init runs/vl/last.pt --data
+    nlvr2 --amp bf16
 
 The flags and the loop are those of train.py.
 """
@@ -23,8 +24,8 @@ from vqa import VQA
 
 
 class Retrieval(VL):
-    """Retrieval of captions and pictures: contrast, or with --itm-weight matching, too, for --rerank.
-    The recipe is COCO's."""
+    """Retrieval of captions and pictures: contrast, or with --itm-weight matching, too, for
+    --rerank. The recipe is COCO's."""
 
     best = "mean"
     recipe = {  # paper; drop-path: released code

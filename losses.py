@@ -1,11 +1,13 @@
-"""The losses of pre-training (Section 3.3) and fine-tuning as functions of tensors, and what they need of the other
-processes.
+"""The losses of pre-training (Section 3.3) and fine-tuning as functions of tensors, and what they
+need of the other processes.
 
-Shape letters: b local batch, W processes, B = W·b global batch, D dim, V vocabulary, M masked tokens.
+Shape letters: b local batch, W processes, B = W·b global batch, D dim, V vocabulary, M masked
+tokens.
 
-Every loss is one process's part of a mean over all processes, times W: under DDP, which averages gradients, the
-gradient equals that of one process on the whole batch, and the processes' average is the value of the loss. Without
-a process group W is 1 and nothing is sent. Collective calls: all processes must make them in the same order.
+Every loss is one process's part of a mean over all processes, times W: under DDP, which averages
+gradients, the gradient equals that of one process on the whole batch, and the processes' average is
+the value of the loss. Without a process group W is 1 and nothing is sent. Collective calls: all
+processes must make them in the same order.
 """
 
 import math
@@ -23,11 +25,12 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-# ---- Between processes ----------------------------------------------------------------------------------------------
+# ---- Between processes ---------------------------------------------------------------------------
 
 
 class Gather(torch.autograd.Function):
-    """All processes' rows, (b, …) → (B, …). Backward sums over processes: everyone's loss reads everyone's rows."""
+    """All processes' rows, (b, …) → (B, …). Backward sums over processes: everyone's loss reads
+    everyone's rows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -43,12 +46,14 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """x (b, …), equally many rows on every process → (B, …) in the order of processes, differentiable."""
+    """x (b, …), equally many rows on every process → (B, …) in the order of processes,
+    differentiable."""
     return Gather.apply(x) if world() > 1 else x
 
 
 def global_mean(total, count):
-    """W · total / (count over all processes, at least 1): the mean of a loss with unequal counts, as above."""
+    """W · total / (count over all processes, at least 1): the mean of a loss with unequal counts,
+    as above."""
     count = torch.as_tensor(count, dtype=total.dtype, device=total.device).clone()
     if world() > 1:
         dist.all_reduce(count)
@@ -76,7 +81,7 @@ def exchange(x, drawn):
     return rows
 
 
-# ---- Image-text contrast --------------------------------------------------------------------------------------------
+# ---- Image-text contrast -------------------------------------------------------------------------
 
 
 def own_columns(b, device):
@@ -85,32 +90,37 @@ def own_columns(b, device):
 
 
 def same_pairs(ids):
-    """ids (b, K) int64: what makes two pairs the same, say (item, caption) → (b, B) bool: those that share any.
+    """ids (b, K) int64: what makes two pairs the same, say (item, caption) → (b, B) bool: those
+    that share any.
 
-    A pair shares all with itself. Pairs of one item or with one caption are no negatives of each other.
+    A pair shares all with itself. Pairs of one item or with one caption are no negatives of each
+    other.
     """
     return (ids[:, None] == gather(ids)[None]).any(-1)
 
 
 def similarities(image, text, scale):
-    """s/σ of Eq. (3), (4). image, text (b, D) unit vectors, scale 1/σ → image-to-text, text-to-image, (b, B) each."""
+    """s/σ of Eq. (3), (4). image, text (b, D) unit vectors, scale 1/σ → image-to-text,
+    text-to-image, (b, B) each."""
     with torch.autocast(image.device.type, enabled=False):
         return scale * image @ gather(text).T, scale * text @ gather(image).T
 
 
 def itc_loss(i2t, t2i, same):
-    """Cross-entropy of Eq. (4), both ways averaged. i2t, t2i, same (b, B): the same pairs but the own are left out."""
+    """Cross-entropy of Eq. (4), both ways averaged. i2t, t2i, same (b, B): the same pairs but the
+    own are left out."""
     own = own_columns(len(same), same.device)
     left_out = same.scatter(1, own[:, None], False)
     loss = lambda scores: F.cross_entropy(scores.masked_fill(left_out, -math.inf), own)
     return (loss(i2t) + loss(t2i)) / 2
 
 
-# ---- Image-text matching --------------------------------------------------------------------------------------------
+# ---- Image-text matching -------------------------------------------------------------------------
 
 
 def candidates(same, negatives):
-    """(b, B) bool: who may be a negative of whom. negatives "global" (Section 3.3) or "local" (Table 6)."""
+    """(b, B) bool: who may be a negative of whom. negatives "global" (Section 3.3) or "local"
+    (Table 6)."""
     if negatives == "global":
         return ~same
     own = own_columns(len(same), same.device)
@@ -121,9 +131,10 @@ def candidates(same, negatives):
 def draw_negatives(scores, candidate):
     """One hard negative a row, with probability softmax(scores) among the candidates.
 
-    scores, candidate (b, B) → drawn (b,) global indices, found (b,) bool: False where a row has no candidate; its
-    drawn index is then arbitrary. The softmax is in at least float32, over candidates only. Scores that are not finite
-    draw something, too: it is the losses' part to say that a run has diverged.
+    scores, candidate (b, B) → drawn (b,) global indices, found (b,) bool: False where a row has no
+    candidate; its drawn index is then arbitrary. The softmax is in at least float32, over
+    candidates only. Scores that are not finite draw something, too: it is the losses' part to say
+    that a run has diverged.
     """
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).nan_to_num()
     found = candidate.any(1)
@@ -140,22 +151,24 @@ def itm_loss(logits, matched, found):
     return global_mean((loss * found).sum(), found.sum())
 
 
-# ---- Masked language and image modeling -----------------------------------------------------------------------------
+# ---- Masked language and image modeling ----------------------------------------------------------
 
 
 def masked_token_loss(logits, labels):
-    """MLM over words, MIM over visual tokens: cross-entropy, mean over masked tokens (Sections 3.3, 3.4).
+    """MLM over words, MIM over visual tokens: cross-entropy, mean over masked tokens (Sections 3.3,
+    3.4).
 
     logits (M, V), labels (M,) int64; M may differ between processes and be 0.
     """
     return global_mean(F.cross_entropy(logits, labels, reduction="sum"), len(labels))
 
 
-# ---- Fine-tuning -----------------------------------------------------------------------------------------------------
+# ---- Fine-tuning ---------------------------------------------------------------------------------
 
 
 def answer_loss(logits, scores):
-    """VQA: binary cross-entropy against soft scores, summed over the A answers, mean over questions. Both (b, A)."""
+    """VQA: binary cross-entropy against soft scores, summed over the A answers, mean over
+    questions. Both (b, A)."""
     return F.binary_cross_entropy_with_logits(logits, scores, reduction="none").sum(1).mean()
 
 

@@ -1,8 +1,9 @@
 """The mixture-of-modality-experts Transformer of VLMo: Sections 3.1 and 3.2, and the heads of 3.3.
 
-Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP], N patches, S rows of a sequence (T, 1+N or T+1+N),
-R the leading rows of it that somebody reads, D dim, H heads, L layers, F vision-language layers, V vocabulary.
-A pair is text first, then image: [T_CLS] is row 0, [I_CLS] is row T. Masks: True = real token; they hide keys only.
+Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP], N patches, S rows of a sequence (T,
+1+N or T+1+N), R the leading rows of it that somebody reads, D dim, H heads, L layers, F
+vision-language layers, V vocabulary. A pair is text first, then image: [T_CLS] is row 0, [I_CLS] is
+row T. Masks: True = real token; they hide keys only.
 """
 
 import math
@@ -69,11 +70,13 @@ CONFIGS = {
 class Router(nn.ModuleDict):
     """Sends every row to the module of its modality, as Section 3.2 selects experts.
 
-    Modules: only `shared` (all rows), or `language` and `vision`, with or without `vl` (all rows of a pair).
+    Modules: only `shared` (all rows), or `language` and `vision`, with or without `vl` (all rows of
+    a pair).
     """
 
     def forward(self, x, kind, T):
-        """x (B, R, D), the leading rows of an input of `kind` "image", "text" or "pair", whose first T are text."""
+        """x (B, R, D), the leading rows of an input of `kind` "image", "text" or "pair", whose
+        first T are text."""
         if "shared" in self:
             return self["shared"](x)
         if kind == "pair" and "vl" in self:
@@ -98,9 +101,11 @@ class Attention(nn.Module):
         self.out = Router({name: nn.Linear(D, D) for name in names})
 
     def forward(self, x, kind, T, bias, rows):
-        """x (B, S, D) → (B, R, D): queries come from the first `rows` rows (None: all), keys and values from all.
+        """x (B, S, D) → (B, R, D): queries come from the first `rows` rows (None: all), keys and
+        values from all.
 
-        bias: None, a mask of keys (B, 1, 1, S), True = may be read, or scores to add (B or 1, H, S, S).
+        bias: None, a mask of keys (B, 1, 1, S), True = may be read, or scores to add (B or 1, H, S,
+        S).
         """
         q = self.split_heads(self.query(x[:, :rows], kind, T))  # (B, H, R, D/H)
         k = self.split_heads(self.key(x, kind, T))  # (B, H, S, D/H)
@@ -129,8 +134,8 @@ class Expert(nn.Module):
 
 
 class GELULinear(torch.autograd.Function):
-    """Linear(GELU(x)). Keeps only x for the backward pass, which computes GELU(x) again: a step keeps a fifth less, at
-    no measurable cost in time."""
+    """Linear(GELU(x)). Keeps only x for the backward pass, which computes GELU(x) again: a step
+    keeps a fifth less, at no measurable cost in time."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -153,7 +158,8 @@ class GELULinear(torch.autograd.Function):
 
 
 class Branch(nn.Module):
-    """LayerScale, then drop-path, of a residual branch (B, R, D). Drop-path drops a sample's whole branch."""
+    """LayerScale, then drop-path, of a residual branch (B, R, D). Drop-path drops a sample's whole
+    branch."""
 
     def __init__(self, config, drop):
         super().__init__()
@@ -183,17 +189,20 @@ class Block(nn.Module):
         self.attention_branch, self.expert_branch = Branch(config, drop), Branch(config, drop)
 
     def forward(self, x, kind, T, bias, rows=None):
-        """x (B, S, D) → (B, R, D): the first `rows` rows (None: all), each of which attended to all S."""
+        """x (B, S, D) → (B, R, D): the first `rows` rows (None: all), each of which attended to all
+        S."""
         x = x[:, :rows] + self.attention_branch(self.attention(self.norm(x), kind, T, bias, rows))  # Eq. (1)
         x = x + self.expert_branch(self.experts(x, kind, T))  # Eq. (2); the LN is in the expert
         return x
 
 
 class MoME(nn.Module):
-    """The trunk: embeddings, L blocks, final norm; one path for image-only, text-only and pair inputs.
+    """The trunk: embeddings, L blocks, final norm; one path for image-only, text-only and pair
+    inputs.
 
-    `rows` in the three encoders: how many leading rows the last block computes (None: all). Whoever reads only [CLS]
-    asks for 1, whoever reads only a pair's text for T, and the rest of that block is saved.
+    `rows` in the three encoders: how many leading rows the last block computes (None: all). Whoever
+    reads only [CLS] asks for 1, whoever reads only a pair's text for T, and the rest of that block
+    is saved.
     """
 
     def __init__(self, config):
@@ -238,18 +247,22 @@ class MoME(nn.Module):
         return x + self.types[image_type]
 
     def encode_image(self, image, rows=None, masked=None, mask_embedding=None):
-        """image (B, 3, S, S): uint8, or float and normalised already → (B, 1+N, D) after the final norm.
+        """image (B, 3, S, S): uint8, or float and normalised already → (B, 1+N, D) after the final
+        norm.
 
-        masked (B, N) bool, True = hidden: `mask_embedding` (D,) stands in for the patch (stage image).
+        masked (B, N) bool, True = hidden: `mask_embedding` (D,) stands in for the patch (stage
+        image).
         """
         return self.encode_rows(self.embed_patches(image, 1, masked, mask_embedding), "image", 0, None, rows)
 
     def encode_text(self, text, mask, rows=None):
-        """text (B, T) int64, mask (B, T) bool, True = real token → (B, T, D) after the final norm."""
+        """text (B, T) int64, mask (B, T) bool, True = real token → (B, T, D) after the final
+        norm."""
         return self.encode_rows(self.embed_words(text), "text", text.shape[1], mask, rows)
 
     def encode_pair(self, text, mask, image, image_type=1, rows=None):
-        """text, mask (B, T) and image (B, 3, S, S) as above → (B, T+1+N, D) after the final norm, text first.
+        """text, mask (B, T) and image (B, 3, S, S) as above → (B, T+1+N, D) after the final norm,
+        text first.
 
         image_type 2 is NLVR2's second image.
         """
@@ -258,8 +271,8 @@ class MoME(nn.Module):
         return self.encode_rows(torch.cat([text, image], dim=1), "pair", text.shape[1], mask, rows)
 
     def encode_rows(self, x, kind, T, mask, rows=None):
-        """Embedded rows x (B, S, D) of an input of `kind`, the first T of them text, mask (B, S) bool or None
-        → (B, R, D) after the final norm."""
+        """Embedded rows x (B, S, D) of an input of `kind`, the first T of them text, mask (B, S)
+        bool or None → (B, R, D) after the final norm."""
         mask = mask if mask is None else mask[:, None, None]  # (B, 1, 1, S)
         biases = [mask] * len(self.blocks) if self.config.position == "absolute" else self._relative_bias(kind, T, mask)
         for block, bias in zip(self.blocks, biases):
@@ -267,7 +280,8 @@ class MoME(nn.Module):
         return self.norm(x)
 
     def _relative_bias(self, kind, T, mask):
-        """Yields each layer's bias: the table's scores (1, H, S, S), or with −inf on masked keys (B, H, S, S)."""
+        """Yields each layer's bias: the table's scores (1, H, S, S), or with −inf on masked keys
+        (B, H, S, S)."""
         index = self.image_index if kind == "image" else self.text_index[:T, :T]
         if kind == "pair":
             across = self.image_index.max() + 1  # the row of (text, image); (image, text) is the next
@@ -280,11 +294,13 @@ class MoME(nn.Module):
 
 
 def relative_index(text_len, side, reach):
-    """Rows of the relative-position table for each (query, key): BEiT's 2D offsets, then VLMo's text offsets.
+    """Rows of the relative-position table for each (query, key): BEiT's 2D offsets, then VLMo's
+    text offsets.
 
-    Returns text (T, T), image (1+N, 1+N) and the number of rows. With I = (2·side−1)² + 3: rows below I−3 are patch
-    offsets; I−3, I−2, I−1 are [I_CLS] → patch, patch → [I_CLS], [I_CLS] → [I_CLS]; I and I+1 text → image and image →
-    text; I+reach+(key−query) words; the last three are [T_CLS] → word, word → [T_CLS], [T_CLS] → [T_CLS].
+    Returns text (T, T), image (1+N, 1+N) and the number of rows. With I = (2·side−1)² + 3: rows
+    below I−3 are patch offsets; I−3, I−2, I−1 are [I_CLS] → patch, patch → [I_CLS], [I_CLS] →
+    [I_CLS]; I and I+1 text → image and image → text; I+reach+(key−query) words; the last three are
+    [T_CLS] → word, word → [T_CLS], [T_CLS] → [T_CLS].
     """
     grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).view(-1, 2)  # (N, 2): y, x
     offset = grid[:, None] - grid[None] + side - 1  # (N, N, 2), query − key
@@ -306,8 +322,9 @@ def embedding(config, *shape):
 
 
 def initialise(root, config):
-    """Initialises all matrices below `root` from a normal distribution, and their biases with zero. Norms keep their
-    ones and zeros. (trunc_normal_ cuts at ±2, which is 40 standard deviations or more.)"""
+    """Initialises all matrices below `root` from a normal distribution, and their biases with zero.
+    Norms keep their ones and zeros. (trunc_normal_ cuts at ±2, which is 40 standard deviations or
+    more.)"""
     for module in root.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
             nn.init.trunc_normal_(module.weight, std=config.init_std)
@@ -342,19 +359,21 @@ class VLMo(MoME):
         return unit(self.itc_text(self.encode_text(text, mask, rows=1)[:, 0]))
 
     def scale(self):
-        """1/σ of Eq. (4), at most 100. The parameter itself is clamped, so that its gradient never vanishes."""
+        """1/σ of Eq. (4), at most 100. The parameter itself is clamped, so that its gradient never
+        vanishes."""
         with torch.no_grad():
             self.logit_scale.clamp_(max=math.log(100))
         return self.logit_scale.exp()
 
     def pool(self, hidden):
-        """hidden (B, ·, D) of pairs → (B, D): the vector of [T_CLS] that the ITM, VQA and NLVR2 heads read."""
+        """hidden (B, ·, D) of pairs → (B, D): the vector of [T_CLS] that the ITM, VQA and NLVR2
+        heads read."""
         return torch.tanh(self.pooler(hidden[:, 0]))
 
 
 class MIMHead(nn.Module):
-    """What only stage image needs: the embedding of masked patches, and their classifier over K visual tokens
-    (Section 3.4, as in BEiT)."""
+    """What only stage image needs: the embedding of masked patches, and their classifier over K
+    visual tokens (Section 3.4, as in BEiT)."""
 
     def __init__(self, config, codes):
         super().__init__()

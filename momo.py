@@ -2,12 +2,12 @@
 image and multi-Modal representations". VLMo's equations read complete without this file.
 
 The encoder is the trunk of mome.py with shared experts: one standard Transformer, with the heads of
-VLMo for contrast and matching. In the masked objectives it sees only visible tokens. Shallow decoders
-put mask tokens back in place and reconstruct what is hidden; each stage and each modality has its
-own, and later stages leave them behind.
+VLMo for contrast and matching. In the masked objectives it sees only visible tokens. Shallow
+decoders put mask tokens back in place and reconstruct what is hidden; each stage and each modality
+has its own, and later stages leave them behind.
 
-Shape letters: b batch, T text tokens, N patches, S rows of a sequence, D dim, V vocabulary; K visible
-rows, E width of a decoder, P = 3·patch_size² values of a patch, M hidden tokens.
+Shape letters: b batch, T text tokens, N patches, S rows of a sequence, D dim, V vocabulary; K
+visible rows, E width of a decoder, P = 3·patch_size² values of a patch, M hidden tokens.
 """
 
 import dataclasses
@@ -38,7 +38,8 @@ DECODERS = {"tiny": (2, 64, 2), "base": (8, 512, 16), "base_plus": (8, 512, 16),
 
 
 def hide(ratio, rng, candidates):
-    """Candidates chosen at random: exactly round(ratio · their number), at least one if there is any."""
+    """Candidates chosen at random: exactly round(ratio · their number), at least one if there is
+    any."""
     count = min(len(candidates), max(1, round(ratio * len(candidates))))
     return sorted(rng.sample(candidates, count))
 
@@ -73,9 +74,9 @@ class HiddenWords(Words):
 def encode_visible(model, x, visible):
     """The encoder on visible rows only, as in MAE.
 
-    x (b, S, D): embedded rows, which know their positions; visible (b, S) bool. → rows (b, K, D) after
-    the final norm, their places (b, K), and which of them are real (b, K): K is the largest number of
-    visible rows of a sample.
+    x (b, S, D): embedded rows, which know their positions; visible (b, S) bool. → rows (b, K, D)
+    after the final norm, their places (b, K), and which of them are real (b, K): K is the largest
+    number of visible rows of a sample.
     """
     fewest, K = torch.stack(visible.sum(1).aminmax()).tolist()
     visible_first = visible.long().argsort(dim=1, descending=True, stable=True)
@@ -86,7 +87,8 @@ def encode_visible(model, x, visible):
 
 
 class Decoder(nn.Module):
-    """Visible rows of the encoder, and a mask token wherever something is hidden → what stood there.
+    """Visible rows of the encoder, and a mask token wherever something is hidden → what stood
+    there.
 
     Words are projected back to the encoder's width, because the token embeddings are the weights of
     the language modeling head, too.
@@ -115,8 +117,8 @@ class Decoder(nn.Module):
         initialise(self, config)
 
     def forward(self, rows, place, real, mask, T):
-        """rows, place, real: from encode_visible; mask (b, S) bool, False = padding, or None; the first
-        T rows are text → (b, S, E)."""
+        """rows, place, real: from encode_visible; mask (b, S) bool, False = padding, or None; the
+        first T rows are text → (b, S, E)."""
         position = [] if self.text_position is None else [self.text_position[:T]]
         position += [] if self.image_position is None else [self.image_position]
         position = torch.cat(position)  # (S, E)
@@ -160,8 +162,9 @@ def reconstruct(model, decoder, batch):
 
 
 def mim_loss(pixels, image, hidden, normalised=False):
-    """Eq. (1): the squared error of hidden patches, a mean over them and their values. pixels (M, P);
-    image (b, 3, S, S), hidden (b, N). normalised: targets with mean 0 and variance 1 per patch (MAE)."""
+    """Eq. (1): the squared error of hidden patches, a mean over them and their values. pixels (M,
+    P); image (b, 3, S, S), hidden (b, N). normalised: targets with mean 0 and variance 1 per patch
+    (MAE)."""
     pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
     error = (pixels - patch_values(image, hidden, normalised)).square().mean(1)  # (M,)
     return losses.global_mean(error.sum(), len(error))
@@ -178,12 +181,14 @@ def patch_values(image, hidden, normalised):
 
 
 def mlm_loss(logits, labels):
-    """Eq. (2): cross-entropy, a mean over hidden tokens. logits (M, V); labels (b, T), −100 = visible."""
+    """Eq. (2): cross-entropy, a mean over hidden tokens. logits (M, V); labels (b, T), −100 =
+    visible."""
     return losses.masked_token_loss(logits, labels[labels != IGNORE])
 
 
 def active(model):
-    """{modality: the parameters that its input passes on its way to [CLS]}: the counts of Table 1."""
+    """{modality: the parameters that its input passes on its way to [CLS]}: the counts of Table
+    1."""
     shared = [model.types, *model.blocks.parameters(), *model.norm.parameters()]
     text = [model.text_position, *model.words.parameters(), *model.text_norm.parameters()]
     image = [model.image_position, model.image_cls, *model.patches.parameters()]
@@ -271,7 +276,8 @@ class MoMoImage(MoMo, Stage):
     unit = "images"
     recipe = {
         "tiny": dict(batch_size=64, steps=600, warmup=60, lr=1e-3, clip=1.0, save_every=100),
-        # 1600 epochs of ImageNet-1k, 64 samples on each of 64 devices, MAE's 1.5e-4 per 256 of a batch
+        # 1600 epochs of ImageNet-1k, 64 samples on each of 64 devices, MAE's 1.5e-4 per 256 of a
+        # batch
         "base": dict(batch_size=4096, steps=500_000, warmup=12_500, lr=2.4e-3),
     }
 
@@ -299,7 +305,8 @@ class MoMoImage(MoMo, Stage):
 
 
 class MoMoText(MoMo, Stage):
-    """Stage 2: hidden tokens of texts (Eq. 2) and hidden patches of images (Eq. 1) in every step."""
+    """Stage 2: hidden tokens of texts (Eq. 2) and hidden patches of images (Eq. 1) in every
+    step."""
 
     unit = "texts"
     recipe = {
@@ -356,8 +363,8 @@ class MoMoText(MoMo, Stage):
 
 
 class MoMoVL(MoMo, VL):
-    """Stage 3: contrast, matching (VLMo's, on whole pairs) and cross-modal masking (Eq. 3) on pairs,
-    and hidden tokens of texts (Eq. 2) in every step."""
+    """Stage 3: contrast, matching (VLMo's, on whole pairs) and cross-modal masking (Eq. 3) on
+    pairs, and hidden tokens of texts (Eq. 2) in every step."""
 
     unit = "pairs"
     recipe = {
@@ -457,8 +464,8 @@ def measure_texts(stage, split, device):
 
 @torch.no_grad()
 def masked_pixels(stage, source, device):
-    """The mean squared error of hidden patches of a source's pictures, in the units of training, and
-    that of guessing the mean of a picture's visible patches."""
+    """The mean squared error of hidden patches of a source's pictures, in the units of training,
+    and that of guessing the mean of a picture's visible patches."""
     stage.eval()
     config, found = stage.model.config, torch.zeros(3, dtype=torch.float64, device=device)
     shares, mask = data.sample_batches(len(source)), hiding("image", config)

@@ -131,8 +131,8 @@ FILES = {"train": "train", "val": "dev", "dev": "dev", "test": "test1", "test1":
 
 
 def statements(folder, split):
-    """Records of a split, in the layout of NLVR2's release: the images of train in numbered folders,
-    those of dev and test1 in one folder each."""
+    """Records of a split, in the layout of NLVR2's release: the images of train in numbered
+    folders, those of dev and test1 in one folder each."""
     if split not in FILES:
         raise Absent(f"NLVR2 has no split {split}, but {', '.join(FILES)}")
     name = FILES[split]
@@ -168,8 +168,9 @@ def first_that_exists(paths: list[Path]):
 
 
 def accuracies(predicted, statements):
-    """Truth values of a list of Statement → {"accuracy": percent of pairs, "consistency": percent of
-    sentences all of whose pairs are right}. An identifier without its pair names the sentence."""
+    """Truth values of a list of Statement → {"accuracy": percent of pairs, "consistency": percent
+    of sentences all of whose pairs are right}. An identifier without its pair names the
+    sentence."""
     right = collections.defaultdict(list)
     for value, statement in zip(predicted, statements):
         split, images, _, sentence = statement.id.split("-", 3)

@@ -1,5 +1,6 @@
-"""Retrieval of captions by pictures and of pictures by captions (Section 3.5, Table 2): ranks and recall, search in
-blocks, reranking with the matching head. Any number of processes gives the same answer.
+"""Retrieval of captions by pictures and of pictures by captions (Section 3.5, Table 2): ranks and
+recall, search in blocks, reranking with the matching head. Any number of processes gives the same
+answer.
 
 Shape letters: I images, C captions, D dim, Q queries, G gallery, P pairs, T text tokens.
 """
@@ -13,11 +14,12 @@ import losses
 from data import pictures, shard
 from texts import cut
 
-# ---- Ranks and recall -----------------------------------------------------------------------------------------------
+# ---- Ranks and recall ----------------------------------------------------------------------------
 
 
 def ranks(scores, relevant):
-    """Rank of the best relevant column of each row (0 = first): (Q,) int64. Ties count against the model.
+    """Rank of the best relevant column of each row (0 = first): (Q,) int64. Ties count against the
+    model.
 
     scores (Q, G) float; relevant (Q, G) bool, at least one per row.
     """
@@ -26,8 +28,8 @@ def ranks(scores, relevant):
 
 
 def recall(text_ranks, image_ranks):
-    """Ranks of (images,), (captions,) → {"TR@1", … "IR@10", "mean"} in percent. Text retrieval (TR) looks for a caption
-    of an image, image retrieval (IR) for the image of a caption."""
+    """Ranks of (images,), (captions,) → {"TR@1", … "IR@10", "mean"} in percent. Text retrieval (TR)
+    looks for a caption of an image, image retrieval (IR) for the image of a caption."""
     found = {}
     for way, ranks in (("TR", text_ranks), ("IR", image_ranks)):
         for k in (1, 5, 10):
@@ -35,14 +37,16 @@ def recall(text_ranks, image_ranks):
     return found | {"mean": sum(found.values()) / 6}
 
 
-# ---- Search ---------------------------------------------------------------------------------------------------------
+# ---- Search --------------------------------------------------------------------------------------
 
 
 def search(queries, gallery, relevant, second=None, block=2**24):
-    """Ranks of all queries (Q, D) in the gallery (G, D): (Q,), on all processes, which share the work.
+    """Ranks of all queries (Q, D) in the gallery (G, D): (Q,), on all processes, which share the
+    work.
 
-    relevant (2, P): the pairs (query, column) that belong together. second(scores (q, G), first query) → scores may
-    reorder them. At most `block` scores, or one row of them, are in memory at a time.
+    relevant (2, P): the pairs (query, column) that belong together. second(scores (q, G), first
+    query) → scores may reorder them. At most `block` scores, or one row of them, are in memory at a
+    time.
     """
     rows = max(1, min(block // len(gallery), math.ceil(len(queries) / losses.world())))  # every process gets a block
     out = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
@@ -63,8 +67,9 @@ def embed_images(model, source, device, batch):
 
 
 def embed_texts(model, ids, mask, device, batch):
-    """ids, mask (C, T) → unit vectors (C, D), on all processes, which share the work. A batch has texts of about one
-    length, and is cut to it: COCO's captions have 13 tokens on average, the longest 40."""
+    """ids, mask (C, T) → unit vectors (C, D), on all processes, which share the work. A batch has
+    texts of about one length, and is cut to it: COCO's captions have 13 tokens on average, the
+    longest 40."""
     by_length = mask.sum(1).argsort(stable=True)
     order = torch.cat([by_length[process :: losses.world()] for process in range(losses.world())])
     out = []
@@ -77,10 +82,11 @@ def embed_texts(model, ids, mask, device, batch):
 
 @torch.no_grad()
 def retrieval(model, source, words, device, batch=64, rerank=0):
-    """All pictures of a source against all its captions, by the dual encoder → {"TR@1", …, "mean"}; if `rerank`, also
-    with the ITM head on each query's best `rerank`, as "reranked TR@1", ….
+    """All pictures of a source against all its captions, by the dual encoder → {"TR@1", …, "mean"};
+    if `rerank`, also with the ITM head on each query's best `rerank`, as "reranked TR@1", ….
 
-    A caption is right for every picture that has it if source.by_text, else (Karpathy's splits) only for its own.
+    A caption is right for every picture that has it if source.by_text, else (Karpathy's splits)
+    only for its own.
     """
     training = model.training
     model.eval()
@@ -101,7 +107,8 @@ def retrieval(model, source, words, device, batch=64, rerank=0):
 
 
 def all_images(source, size, device, batch):
-    """The images of a source on the CPU: uint8 (I, 3, S, S). Reranking reads each of them many times."""
+    """The images of a source on the CPU: uint8 (I, 3, S, S). Reranking reads each of them many
+    times."""
     numbers = torch.arange(len(source)).split(batch)
     images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
     for n, views in zip(numbers, pictures(source, [part.tolist() for part in numbers], size, device)):
@@ -110,7 +117,8 @@ def all_images(source, size, device, batch):
 
 
 def relevant_pairs(captions, by_text):
-    """captions: C pairs (image, caption) → (2, P) int64, the pairs (image, number of the caption) that are right."""
+    """captions: C pairs (image, caption) → (2, P) int64, the pairs (image, number of the caption)
+    that are right."""
     owners = collections.defaultdict(list)
     for image, caption in captions:
         owners[caption].append(image)
@@ -120,15 +128,15 @@ def relevant_pairs(captions, by_text):
     return torch.tensor(pairs).T
 
 
-# ---- Reranking ------------------------------------------------------------------------------------------------------
+# ---- Reranking -----------------------------------------------------------------------------------
 
 
 def reorder(scores, best, column, odds):
-    """s/σ (q, G) and each row's K best, values and columns (q, K) → scores by which these stand before all others, in
-    the order of s/σ + odds (q, K).
+    """s/σ (q, G) and each row's K best, values and columns (q, K) → scores by which these stand
+    before all others, in the order of s/σ + odds (q, K).
 
-    The ITM head has learned to tell a match from negatives drawn with probability softmax(s/σ): its log-odds are what
-    s/σ leaves out of the logarithm of a match's probability.
+    The ITM head has learned to tell a match from negatives drawn with probability softmax(s/σ): its
+    log-odds are what s/σ leaves out of the logarithm of a match's probability.
     """
     best = best + odds
     return scores.scatter(1, column, best - best.amin(1, keepdim=True) + scores.amax(1, keepdim=True) + 1)

@@ -1,4 +1,5 @@
-"""Where a script runs: processes, device, precision, optimizer, learning rate, log, files, one-line errors."""
+"""Where a script runs: processes, device, precision, optimizer, learning rate, log, files, one-line
+errors."""
 
 import argparse
 import collections
@@ -19,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-# ---- Errors and flags -----------------------------------------------------------------------------------------------
+# ---- Errors and flags ----------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -58,7 +59,8 @@ def at_least(low):
 
 
 def run(main):
-    """Runs a script's main. A UserError, or a file that the system refuses, ends it with one line and status 2."""
+    """Runs a script's main. A UserError, or a file that the system refuses, ends it with one line
+    and status 2."""
     try:
         main()
     except (UserError, OSError) as error:
@@ -77,7 +79,7 @@ def run(main):
         os._exit(status)  # not sys.exit: other processes may wait for us in a collective call that will never come
 
 
-# ---- Processes and precision ----------------------------------------------------------------------------------------
+# ---- Processes and precision ---------------------------------------------------------------------
 
 
 class Runtime:
@@ -144,7 +146,8 @@ class Runtime:
             dist.barrier()
 
     def mean(self, values):
-        """Average of a tensor over the processes, as nested lists. One collective call, one wait for the device."""
+        """Average of a tensor over the processes, as nested lists. One collective call, one wait
+        for the device."""
         values = values.detach().double()
         if self.world > 1:
             dist.all_reduce(values)
@@ -156,8 +159,8 @@ class Runtime:
 
 
 def keep_memory():
-    """Keeps freed memory in the process (glibc); otherwise every large tensor is mmapped afresh and its pages zeroed:
-    a sixth to a quarter of a step's time on a CPU."""
+    """Keeps freed memory in the process (glibc); otherwise every large tensor is mmapped afresh and
+    its pages zeroed: a sixth to a quarter of a step's time on a CPU."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return memory to the kernel
@@ -165,7 +168,8 @@ def keep_memory():
 
 
 def loader_workers(device):
-    """Default number of loader processes per training process. On a CPU they would take the cores that compute."""
+    """Default number of loader processes per training process. On a CPU they would take the cores
+    that compute."""
     if torch.device(device).type != "cuda":
         return 0
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -173,22 +177,23 @@ def loader_workers(device):
 
 
 def seed_all(*words):
-    """Seeds torch from whole numbers such as (seed, step, rank): random choices of a step need no stored state."""
+    """Seeds torch from whole numbers such as (seed, step, rank): random choices of a step need no
+    stored state."""
     state = 0
     for word in words:
         state = (state * 1_000_003 + int(word) + 1) % 2**63
     torch.manual_seed(state)
 
 
-# ---- Optimization ---------------------------------------------------------------------------------------------------
+# ---- Optimization --------------------------------------------------------------------------------
 
 
 def adamw(stage):
     """Fused AdamW over the trainable parameters of a stage.
 
-    Weights of Linear, Conv2d and word Embedding decay. Nothing else does: no bias, norm, LayerScale, position, type or
-    [CLS] embedding, relative table or logit scale. Each group has a "factor" of its learning rate: stage.head_factor
-    for the parameters of stage.head, else 1.
+    Weights of Linear, Conv2d and word Embedding decay. Nothing else does: no bias, norm,
+    LayerScale, position, type or [CLS] embedding, relative table or logit scale. Each group has a
+    "factor" of its learning rate: stage.head_factor for the parameters of stage.head, else 1.
     """
     matrices = {id(m.weight) for m in stage.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding))}
     in_head = {id(p) for p in stage.head.parameters()}
@@ -204,8 +209,8 @@ def adamw(stage):
 
 
 def learning_rate(step, steps, warmup, peak, decay="linear"):
-    """Learning rate at step 1..steps: linear warmup to `peak` at step `warmup`, then decay towards 0 after the last
-    step, "linear" or "cosine" (half a wave)."""
+    """Learning rate at step 1..steps: linear warmup to `peak` at step `warmup`, then decay towards
+    0 after the last step, "linear" or "cosine" (half a wave)."""
     warmup = max(warmup, 1)
     if step <= warmup:
         return peak * step / warmup
@@ -214,7 +219,8 @@ def learning_rate(step, steps, warmup, peak, decay="linear"):
 
 
 def speed_up(stage, args, run):
-    """--recompute: a block keeps only its input for the backward pass. --compile: compiles the blocks."""
+    """--recompute: a block keeps only its input for the backward pass. --compile: compiles the
+    blocks."""
     if args.recompute:
         for block in stage.blocks():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -229,13 +235,14 @@ def compile_blocks(blocks, run):
     except torch._dynamo.exc.TorchDynamoException as error:
         run.print(f"--compile: there is no compiler ({first_line(error)}), the blocks run as they are")
         return
-    # All blocks share their code, which is compiled for each kind of input, of block (lower, last, fusing) and of mode.
+    # All blocks share their code, which is compiled for each kind of input, of block (lower, last,
+    # fusing) and of mode.
     torch._dynamo.config.recompile_limit = 64
     for block in blocks:
         block.compile()
 
 
-# ---- Files and the log ----------------------------------------------------------------------------------------------
+# ---- Files and the log ---------------------------------------------------------------------------
 
 
 def first_line(error):
@@ -243,7 +250,8 @@ def first_line(error):
 
 
 def write(path, fill):
-    """Writes a file as a whole or not at all: fill(file) to a temporary name, synced to disk, renamed."""
+    """Writes a file as a whole or not at all: fill(file) to a temporary name, synced to disk,
+    renamed."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -262,7 +270,8 @@ def write(path, fill):
 
 
 class Log:
-    """metrics.jsonl and the progress bar, on process 0: means over the steps since the last line, and over processes.
+    """metrics.jsonl and the progress bar, on process 0: means over the steps since the last line,
+    and over processes.
 
     Values stay on the device until a line is written. Resuming after step `done` drops later lines.
     """
@@ -312,7 +321,8 @@ class Log:
         self.restart(step)
 
     def measure(self, split, step):
-        """Measures the stage on a split and writes a line. → whether it is the best so far, by stage.best."""
+        """Measures the stage on a split and writes a line. → whether it is the best so far, by
+        stage.best."""
         began = time.perf_counter()
         with self.run.autocast():
             results = self.stage.measure(split, self.run.device)
@@ -332,14 +342,16 @@ class Log:
             self.file.close()
 
     def line(self, **entry):
-        """Numbers that are not finite, such as the gradient norm of a skipped fp16 step, become null."""
+        """Numbers that are not finite, such as the gradient norm of a skipped fp16 step, become
+        null."""
         if self.file:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
             self.file.write(json.dumps(finite) + "\n")
 
 
 def lines_until(path, step):
-    """The lines of metrics.jsonl up to a step. The test split is measured again at the end, so its line goes, too."""
+    """The lines of metrics.jsonl up to a step. The test split is measured again at the end, so its
+    line goes, too."""
     kept = ""
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         if not line.endswith("\n"):

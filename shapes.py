@@ -1,7 +1,9 @@
-"""The built-in world: scenes of two or three colored shapes, drawn with Pillow from (seed, split, index).
+"""The built-in world: scenes of two or three colored shapes, drawn with Pillow from (seed, split,
+index).
 
-A scene is {"layout", "things": [{"size", "color", "shape"}, …]} from left to right or from top to bottom. It has
-captions, questions and a class; two scenes have statements. No files, any size, the same on every machine.
+A scene is {"layout", "things": [{"size", "color", "shape"}, …]} from left to right or from top to
+bottom. It has captions, questions and a class; two scenes have statements. No files, any size, the
+same on every machine.
 """
 
 import functools
@@ -34,8 +36,9 @@ TIMES = 4  # questions per scene, and pairs of images per statement
 
 
 class World:
-    """A source of pictures with captions. The item of a scene is its meaning, and a hash of the meaning gives the scene
-    to one split: 8 tenths to train, 1 each to val and test. So splits share no scene and no caption."""
+    """A source of pictures with captions. The item of a scene is its meaning, and a hash of the
+    meaning gives the scene to one split: 8 tenths to train, 1 each to val and test. So splits share
+    no scene and no caption."""
 
     by_text = True  # in retrieval, a caption is right for every picture that has it
 
@@ -59,7 +62,8 @@ class World:
         return 2 * self.count
 
     def corpus(self):
-        """Captions, questions and statements, enough for every word of this world to come many times."""
+        """Captions, questions and statements, enough for every word of this world to come many
+        times."""
         texts = [caption for i in range(min(self.count, 2000)) for caption in describe(self.scene(i))]
         for i in range(0, 2000, 10):
             texts += [self.question(i)[0], self.statement(i)[0]]
@@ -76,8 +80,9 @@ class World:
         return ask(self.scene(i // TIMES), self.rng("question", i))
 
     def statement(self, i):
-        """Statement i // TIMES → (text, holds(left scene, right scene), does it hold of the pair of images i?).
-        Every statement comes with TIMES pairs of images, and is true of half of them."""
+        """Statement i // TIMES → (text, holds(left scene, right scene), does it hold of the pair of
+        images i?). Every statement comes with TIMES pairs of images, and is true of half of
+        them."""
         rng = self.rng("statement", i // TIMES)
         text, holds = state(rng)
         return text, holds, rng.sample([True, False] * (TIMES // 2), TIMES)[i % TIMES]
@@ -96,7 +101,7 @@ class World:
         return Trait(self.scene(i)["things"][0], "color", "shape").text
 
 
-# ---- Scenes and captions --------------------------------------------------------------------------------------------
+# ---- Scenes and captions -------------------------------------------------------------------------
 
 
 @functools.lru_cache(10_000)
@@ -130,11 +135,12 @@ def describe(scene):
     return [f"{first}, {middle} and {last} {forwards}", f"{last}, {middle} and {first} {backwards}"]
 
 
-# ---- Drawing --------------------------------------------------------------------------------------------------------
+# ---- Drawing -------------------------------------------------------------------------------------
 
 
 def draw_scene(scene, size, rng):
-    """The scene as an RGB image (size, size); places, sizes, colors and background vary a little at random."""
+    """The scene as an RGB image (size, size); places, sizes, colors and background vary a little at
+    random."""
     canvas, n = 2 * size, len(scene["things"])  # drawn twice as large, then averaged: smooth edges
     background = rng.randint(225, 255)
     image = Image.new("RGB", (canvas, canvas), (background,) * 3)
@@ -174,11 +180,12 @@ def corners(x, y, count, *radii):
     return found
 
 
-# ---- Questions and statements ---------------------------------------------------------------------------------------
+# ---- Questions and statements --------------------------------------------------------------------
 
 
 class Trait:
-    """What a thing is by some of its properties: a text such as "red shape", and count(scene) of such things."""
+    """What a thing is by some of its properties: a text such as "red shape", and count(scene) of
+    such things."""
 
     def __init__(self, thing, *names):
         self.wanted = {name: thing[name] for name in names}

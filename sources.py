@@ -1,4 +1,5 @@
-"""Pictures on disk, as downloaded: manifests, Karpathy's files, folders of images. A source is explained in data.py."""
+"""Pictures on disk, as downloaded: manifests, Karpathy's files, folders of images. A source is
+explained in data.py."""
 
 import contextlib
 import functools
@@ -15,11 +16,13 @@ from runtime import UserError
 
 
 class Records:
-    """A source on disk. Its records, named tuples of one kind, are JSON lines in one array of bytes, which forked
-    workers share without copying. The `image` of a record is a path, or a pair of paths."""
+    """A source on disk. Its records, named tuples of one kind, are JSON lines in one array of
+    bytes, which forked workers share without copying. The `image` of a record is a path, or a pair
+    of paths."""
 
     def __init__(self, kind, records, by_text=True):
-        """by_text: in retrieval a caption is right for every picture that has it; False: only for its own."""
+        """by_text: in retrieval a caption is right for every picture that has it; False: only for
+        its own."""
         self.kind, self.by_text = kind, by_text
         lines = [json.dumps(record, default=str).encode() for record in records]
         self.ends = np.cumsum([0] + [len(line) for line in lines])
@@ -46,7 +49,8 @@ class Records:
 
 
 def read_splits(names, read):
-    """{split: source} by read(split). The first of `names` must be there, the others may be absent."""
+    """{split: source} by read(split). The first of `names` must be there, the others may be
+    absent."""
     found = {}
     for split in names:
         try:
@@ -63,7 +67,8 @@ def pairs(paths, split, image_size):
 
 
 def pictures(paths, split, image_size, captions=False):
-    """The source of pictures that --data names: "shapes", or one or more folders; of training, all must have it.
+    """The source of pictures that --data names: "shapes", or one or more folders; of training, all
+    must have it.
 
     UserError, before any work, for missing files; Absent if no folder has the split.
     """
@@ -128,7 +133,7 @@ def list_folder(folder):
     return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 
-# ---- Files of captions ----------------------------------------------------------------------------------------------
+# ---- Files of captions ---------------------------------------------------------------------------
 
 
 def caption_files(split):
@@ -148,7 +153,8 @@ def read_captions(path, split):
 
 
 def read_manifest(path):
-    """{"image": path below the manifest's folder, "captions": [str, …], "item": optional}, one per line."""
+    """{"image": path below the manifest's folder, "captions": [str, …], "item": optional}, one per
+    line."""
     for where, entry in json_lines(path):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise UserError(f'{where} needs {{"image": path, "captions": [text, …]}}')
@@ -159,7 +165,8 @@ def read_manifest(path):
 
 
 def read_karpathy(path, split):
-    """Karpathy's dataset_coco.json or dataset_flickr30k.json; training includes COCO's "restval"."""
+    """Karpathy's dataset_coco.json or dataset_flickr30k.json; training includes COCO's
+    "restval"."""
     folder = path.parent
     roots = [folder, folder / "images", folder / "flickr30k-images", folder / "flickr30k_images"]
     for where, entry in official_records(path, "images"):
@@ -172,7 +179,8 @@ def read_karpathy(path, split):
 
 
 def checked_captions(captions, where):
-    """captions; UserError unless they are a list of at least one string (of characters that can be encoded)."""
+    """captions; UserError unless they are a list of at least one string (of characters that can be
+    encoded)."""
     if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
         raise UserError(f"{where}: captions must be a list of at least one string, not {json.dumps(captions)[:80]}")
     try:
@@ -182,7 +190,7 @@ def checked_captions(captions, where):
     return captions
 
 
-# ---- JSON -----------------------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 def parse_json(text, where):
@@ -218,20 +226,22 @@ def official_records(path, name):
 
 @contextlib.contextmanager
 def malformed(where):
-    """Turns what a malformed record of an official file raises into one line that names file and record."""
+    """Turns what a malformed record of an official file raises into one line that names file and
+    record."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, ValueError, AssertionError) as error:
         raise UserError(f"{where} is not as published ({type(error).__name__}: {error})") from None
 
 
-# ---- Folders of images ----------------------------------------------------------------------------------------------
+# ---- Folders of images ---------------------------------------------------------------------------
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def files_below(folder, endings):
-    """All files below a folder with one of these endings, in order. UserError for a folder that cannot be read."""
+    """All files below a folder with one of these endings, in order. UserError for a folder that
+    cannot be read."""
     found = []
     for where, _, names in os.walk(folder, onerror=refuse, followlinks=True):
         found += [os.path.join(where, name) for name in names if name.lower().endswith(endings)]
@@ -243,8 +253,8 @@ def refuse(error):
 
 
 def image_files(folder, split):
-    """Image files of a split below a folder. A folder with `train` and `val` or `test` has a folder per split; the
-    files of any other are split by a hash."""
+    """Image files of a split below a folder. A folder with `train` and `val` or `test` has a folder
+    per split; the files of any other are split by a hash."""
     if Path(folder, "train").is_dir() and (Path(folder, "val").is_dir() or Path(folder, "test").is_dir()):
         folder = Path(folder, split)
         return files_below(folder, IMAGES) if folder.is_dir() else []

@@ -1,4 +1,5 @@
-"""What a stage of training is, and what a downstream task is: the contract that the loop of train.py relies on.
+"""What a stage of training is, and what a downstream task is: the contract that the loop of
+train.py relies on.
 
 Shape letters: b local batch, T text tokens, D dim, M masked tokens, V vocabulary.
 """
@@ -21,14 +22,16 @@ from texts import IGNORE
 
 
 class Stage(nn.Module):
-    """One kind of training: its recipe, flags, data, losses and measure. The loop of train.py knows nothing else of it.
+    """One kind of training: its recipe, flags, data, losses and measure. The loop of train.py knows
+    nothing else of it.
 
-    A subclass has `recipe`, {config: defaults of flags} (without a row of their own, base_plus and large take that of
-    base), and four methods, always in this order:
-      flags(parser, base)                 adds the flags that only this stage has; base: the Config it starts from
-      __init__(args, config, start, run)  reads the data, builds the model from the Checkpoint `start` or from nothing
-      forward(*batches)                   one batch of each data set in `samples` → {name of a loss: scalar}
-      measure(split, device)              → {name: number} on split "val" or "test"
+    A subclass has `recipe`, {config: defaults of flags} (without a row of their own, base_plus and
+    large take that of base), and four methods, always in this order:
+      flags(parser, base)                 adds the flags that only this stage has; base: the Config
+      it starts from __init__(args, config, start, run)  reads the data, builds the model from the
+      Checkpoint `start` or from nothing forward(*batches)                   one batch of each data
+      set in `samples` → {name of a loss: scalar} measure(split, device)              → {name:
+      number} on split "val" or "test"
     """
 
     unit = "pairs"  # what a sample is
@@ -89,16 +92,16 @@ def weight_flag(group, name, default):
     group.add_argument(f"--{name}-weight", type=at_least(0.0), default=default, metavar="W", help="0 drops the loss")
 
 
-# ---- A downstream task -----------------------------------------------------------------------------------------
+# ---- A downstream task ---------------------------------------------------------------------------
 
 
 class Task(Stage):
     """A task that chooses, for each sample, among answers, truth values or classes (Section 3.5).
 
     Besides a stage's methods a subclass has
-      predict(batch)                  → logits (b, C) for C choices; batch: image, and text, mask (b, T)
-      results(predicted, source)      → {name: number}; predicted: a number of a choice per sample
-      submission(predicted, source)   → str, what the official server or script reads
+      predict(batch)                  → logits (b, C) for C choices; batch: image, and text, mask
+      (b, T) results(predicted, source)      → {name: number}; predicted: a number of a choice per
+      sample submission(predicted, source)   → str, what the official server or script reads
     Without "train" in args.splits it only evaluates a checkpoint.
     """
 
@@ -121,7 +124,8 @@ class Task(Stage):
         return self.results(self.answers(source, device), source)
 
     def evaluate(self, args, run):
-        """Measures split args.split, and writes the predictions to args.predictions, if that is a path."""
+        """Measures split args.split, and writes the predictions to args.predictions, if that is a
+        path."""
         source = self.sources[args.split]
         run.print(f"{args.split}: {len(source)} {self.unit}")
         predicted = self.answers(source, run.device, args.batch_size)
@@ -132,7 +136,8 @@ class Task(Stage):
 
     @torch.no_grad()
     def answers(self, source, device, batch=64):
-        """The number of the best choice for each sample of a source, on every process, which share the work."""
+        """The number of the best choice for each sample of a source, on every process, which share
+        the work."""
         self.eval()
         out = []
         shares = data.shard(len(source), batch)
@@ -159,7 +164,8 @@ def task_flags(parser, base, images="randaugment", text=True):
 
 
 def known_choices(start, found):
-    """The choices of a checkpoint of this task, in the order of its head. found: those of the training data, or None."""
+    """The choices of a checkpoint of this task, in the order of its head. found: those of the
+    training data, or None."""
     known = start.extra["choices"]
     if known is None:
         raise UserError(f"{start.path} was imported without its answers: import it again, with --answers")
@@ -169,7 +175,7 @@ def known_choices(start, found):
     return known
 
 
-# ---- What measures share --------------------------------------------------------------------------------------------
+# ---- What measures share -------------------------------------------------------------------------
 
 
 def over_processes(sums):
@@ -188,8 +194,9 @@ def perplexity(loss, count):
 
 @torch.no_grad()
 def masked_words(predict, packed, training, device):
-    """The share of masked tokens (in percent) that predict(batch) → logits (M, V) finds in texts.Texts, its perplexity,
-    and those of the unigram distribution of the training texts (of 10 M tokens at most, one added to each count)."""
+    """The share of masked tokens (in percent) that predict(batch) → logits (M, V) finds in
+    texts.Texts, its perplexity, and those of the unigram distribution of the training texts (of 10
+    M tokens at most, one added to each count)."""
     words = packed.words
     seen = torch.from_numpy(np.bincount(training.tokens[: 10**7], minlength=words.size)).double().to(device)
     seen[words.sep] = 0  # separates documents

@@ -1,7 +1,7 @@
 """VLMo's stages of pre-training: image, text, vision-language (Sections 3.3 and 3.4, Appendix B).
 
-Shape letters: b local batch, W processes, B = W·b global batch, T text tokens, N patches, D dim, K codes, M masked
-tokens.
+Shape letters: b local batch, W processes, B = W·b global batch, T text tokens, N patches, D dim, K
+codes, M masked tokens.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from runtime import UserError, seed_all
 from stage import Stage, config_flags, masked_words, over_processes, percent, perplexity, weight_flag
 from texts import IGNORE, cut
 
-# ---- Stage image ----------------------------------------------------------------------------------------------------
+# ---- Stage image ---------------------------------------------------------------------------------
 
 
 class Image(Stage):
-    """Masked image modeling: predicts the visual tokens of hidden patches (Section 3.4, as in BEiT). What an image
-    passes through is trained: patch embedding, attention, vision experts."""
+    """Masked image modeling: predicts the visual tokens of hidden patches (Section 3.4, as in
+    BEiT). What an image passes through is trained: patch embedding, attention, vision experts."""
 
     unit, betas, weight_decay, decay = "images", (0.9, 0.999), 0.05, "cosine"
     recipe = {
@@ -53,7 +53,8 @@ class Image(Stage):
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         self.tokenizer = start.tokenizer if start else None  # of an earlier stage with text
 
-        # The tokenizer of images: a checkpoint of this stage holds its own, and a head for its codes
+        # The tokenizer of images: a checkpoint of this stage holds its own, and a head for its
+        # codes
         path = args.dvae or "runs/dvae/last.pt"
         keeps = start and "dvae" in start.extra and (start.resumed or not args.dvae)
         if keeps and start.resumed and args.dvae != start.args["dvae"]:
@@ -87,8 +88,9 @@ class Image(Stage):
 
     @torch.no_grad()
     def measure(self, split, device):
-        """The share of hidden visual tokens (in percent) that the model finds, its perplexity, and two guesses: the most
-        frequent of all hidden codes, and the code of the nearest visible patch."""
+        """The share of hidden visual tokens (in percent) that the model finds, its perplexity, and
+        two guesses: the most frequent of all hidden codes, and the code of the nearest visible
+        patch."""
         self.eval()
         source = self.sources[split]
         found = torch.zeros(4, dtype=torch.float64, device=device)  # masked, right, nearest right, loss
@@ -113,7 +115,8 @@ class Image(Stage):
 
 
 def nearest_visible(codes, hidden):
-    """For each patch the code of the nearest visible one (the first of equals). codes, hidden (n, N) → (n, N)."""
+    """For each patch the code of the nearest visible one (the first of equals). codes, hidden (n,
+    N) → (n, N)."""
     n, N = codes.shape
     place = torch.arange(N, device=codes.device)
     grid = torch.stack([place // math.isqrt(N), place % math.isqrt(N)], dim=1).float()  # (N, 2)
@@ -121,12 +124,12 @@ def nearest_visible(codes, hidden):
     return codes.gather(1, distance.argmin(2))
 
 
-# ---- Stage text -----------------------------------------------------------------------------------------------------
+# ---- Stage text ----------------------------------------------------------------------------------
 
 
 class Text(Stage):
-    """Masked language modeling on text only: the language experts are trained, the attention and the vision experts of
-    stage image stay as they are (Section 3.4)."""
+    """Masked language modeling on text only: the language experts are trained, the attention and
+    the vision experts of stage image stay as they are (Section 3.4)."""
 
     unit = "texts"
     recipe = {
@@ -174,17 +177,19 @@ class Text(Stage):
 
 
 def language_part(model):
-    """What stage text trains, as released. The image rows of types and table get no gradient, so they stay."""
+    """What stage text trains, as released. The image rows of types and table get no gradient, so
+    they stay."""
     yield from (model.words, model.text_norm, model.types, model.norm, model.mlm_head)
     yield model.text_position if model.config.position == "absolute" else model.relative_table
     yield from (block.experts["language"] for block in model.blocks)
 
 
-# ---- Stage vl -------------------------------------------------------------------------------------------------------
+# ---- Stage vl ------------------------------------------------------------------------------------
 
 
 class VL(Stage):
-    """Image-text contrast, image-text matching and masked language modeling on pairs (Section 3.3)."""
+    """Image-text contrast, image-text matching and masked language modeling on pairs (Section
+    3.3)."""
 
     recipe = {
         "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100),
@@ -229,7 +234,8 @@ class VL(Stage):
         return contrast + (f", {hard} for hard negatives" if "itm" in self.loss_weights else "")
 
     def forward(self, batch):
-        """batch: image (b, 3, S, S); text, masked, labels (b, T) int64; mask (b, T) bool; ids (b, 2) int64."""
+        """batch: image (b, 3, S, S); text, masked, labels (b, T) int64; mask (b, T) bool; ids (b,
+        2) int64."""
         return self.pair_losses(batch, self.loss_weights)
 
     def pair_losses(self, batch, wanted):
@@ -248,8 +254,9 @@ class VL(Stage):
             out["itc"] = losses.itc_loss(i2t, t2i, same)
             out["scale"] = self.model.scale().detach()
 
-        # Pairs for the fusion encoder: masked pairs for MLM; for ITM matched pairs, and each with a wrong image and a
-        # wrong text. These hard negatives are drawn among all processes' samples, and sent by their owners.
+        # Pairs for the fusion encoder: masked pairs for MLM; for ITM matched pairs, and each with a
+        # wrong image and a wrong text. These hard negatives are drawn among all processes' samples,
+        # and sent by their owners.
         if "mlm" in wanted:
             pairs += [(batch["masked"], mask, image)]
         if "itm" in wanted:

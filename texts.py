@@ -1,4 +1,5 @@
-"""Words: WordPiece and whole-word masking (Sections 3.1, 3.3), and plain text packed into samples (Section 3.4).
+"""Words: WordPiece and whole-word masking (Sections 3.1, 3.3), and plain text packed into samples
+(Section 3.4).
 
 Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP].
 """
@@ -26,13 +27,14 @@ from sources import IMAGES, files_below
 
 IGNORE = -100  # a label that is not predicted
 
-# ---- WordPiece ------------------------------------------------------------------------------------------------------
+# ---- WordPiece -----------------------------------------------------------------------------------
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def wordpiece(vocab=None):
-    """BERT's uncased tokenizer over a {word piece: id} table; without a table, ready to be trained."""
+    """BERT's uncased tokenizer over a {word piece: id} table; without a table, ready to be
+    trained."""
     model = tokenizers.models.WordPiece(vocab or {}, unk_token="[UNK]", max_input_chars_per_word=100)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
@@ -44,7 +46,8 @@ def wordpiece(vocab=None):
 def train_tokenizer(texts, vocab_size):
     """WordPiece of at most `vocab_size` entries, trained on a list of texts; the same every time.
 
-    The library numbers the inner letters ("##a") in the order of a salted hash, unless they are given to it in order.
+    The library numbers the inner letters ("##a") in the order of a salted hash, unless they are
+    given to it in order.
     """
     tokenizer = wordpiece()
     letters = sorted(set("".join(map(tokenizer.normalizer.normalize_str, texts))) - set(" "))
@@ -90,8 +93,9 @@ def check_tokenizer(tokenizer, path):
 
 
 def vocabulary(args, config, start, run, corpus):
-    """The checkpoint's tokenizer, else --vocab, else a new one of at most config.vocab_size entries, trained on
-    corpus(), a list of texts → Words. UserError if --vocab is not the checkpoint's."""
+    """The checkpoint's tokenizer, else --vocab, else a new one of at most config.vocab_size
+    entries, trained on corpus(), a list of texts → Words. UserError if --vocab is not the
+    checkpoint's."""
     given = load_tokenizer(args.vocab) if args.vocab else None
     known = start.tokenizer if start else None
     embedded = start.words_embedded if start else 0
@@ -137,7 +141,8 @@ class Words:
         return ids[:, :T], mask[:, :T]
 
     def words(self, ids):
-        """ids (T,) → the positions of each word's pieces: a piece that starts with "##" continues a word."""
+        """ids (T,) → the positions of each word's pieces: a piece that starts with "##" continues a
+        word."""
         words, inner = [], False  # inner: is there a word that a piece can continue?
         for position, piece in enumerate(ids.tolist()):
             if piece in (self.pad, self.cls, self.sep):
@@ -150,8 +155,9 @@ class Words:
         return words
 
     def mask_words(self, ids, rng):
-        """Masks 15 % of the words as wholes, at least one. Each of their tokens becomes [MASK] in 80 % of the cases, a
-        random token in 10 %, itself in 10 %. → masked ids (T,), labels (T,) with −100 where nothing is predicted."""
+        """Masks 15 % of the words as wholes, at least one. Each of their tokens becomes [MASK] in
+        80 % of the cases, a random token in 10 %, itself in 10 %. → masked ids (T,), labels (T,)
+        with −100 where nothing is predicted."""
         masked, labels, words = ids.clone(), torch.full_like(ids, IGNORE), self.words(ids)
         for word in rng.sample(words, min(len(words), max(1, round(0.15 * len(words))))):
             for position in word:
@@ -165,17 +171,19 @@ class Words:
 
 
 def cut(mask):
-    """The length to which a batch of texts can be cut: its longest, rounded up to a multiple of 8. mask (B, T) bool."""
+    """The length to which a batch of texts can be cut: its longest, rounded up to a multiple of 8.
+    mask (B, T) bool."""
     longest = int(mask.sum(1).max())
     return min(-(-longest // 8) * 8, mask.shape[1])
 
 
-# ---- Plain text (Section 3.4) ---------------------------------------------------------------------------------------
+# ---- Plain text (Section 3.4) --------------------------------------------------------------------
 
 
 class Texts(Dataset):
-    """Training samples of packed text, indexed by (epoch, index): masked, labels (T,) int64, mask (T,) bool. Documents
-    fill a sample to the last token, and continue in the next (RoBERTa's full sentences)."""
+    """Training samples of packed text, indexed by (epoch, index): masked, labels (T,) int64, mask
+    (T,) bool. Documents fill a sample to the last token, and continue in the next (RoBERTa's full
+    sentences)."""
 
     def __init__(self, path, words, seed):
         """path: a file of token ids, as sources.pack writes it."""
@@ -235,8 +243,9 @@ def documents(path):
 
 
 def read_documents(paths):
-    """All documents as (split, text): those of text files, split by a hash of their text; or the built-in world's
-    captions, one per scene, because two that say the same would give each other's words away."""
+    """All documents as (split, text): those of text files, split by a hash of their text; or the
+    built-in world's captions, one per scene, because two that say the same would give each other's
+    words away."""
     if list(paths) == ["shapes"]:
         for split in SPLITS:
             world = shapes.World(split, 0)
@@ -254,7 +263,8 @@ def corpus(paths):
 
 
 def pack(texts, words, folder):
-    """Writes the token ids of (split, text) pairs, a [T_SEP] after each text: one file per split, which Texts reads."""
+    """Writes the token ids of (split, text) pairs, a [T_SEP] after each text: one file per split,
+    which Texts reads."""
     parallel, texts = os.environ["TOKENIZERS_PARALLELISM"], iter(texts)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:
@@ -272,8 +282,8 @@ def pack(texts, words, folder):
 
 
 def packed(paths, words, seed, run):
-    """{split: Texts}. The tokens are in files in the node's temporary folder, unlinked once all processes have them
-    open."""
+    """{split: Texts}. The tokens are in files in the node's temporary folder, unlinked once all
+    processes have them open."""
     if words.length < 3:
         raise UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
     folder = Path(tempfile.gettempdir(), run.from_main(lambda: f"vlmo-{uuid.uuid4().hex}"))

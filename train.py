@@ -1,12 +1,12 @@
 """Pre-training: the flags and the loop of every stage (stages.py) and task.
 
-    python train.py                                  # stage vl: tiny model, built-in world, any machine
-    python train.py --stage dvae                     # what stage image needs
-    python train.py --stage image                    # the three stages, each from the one before
-    python train.py --stage text --init runs/image/last.pt
-    python train.py --stage vl --init runs/text/last.pt
-    python train.py --stage text --help              # the flags of a stage, with their defaults
-    torchrun --nproc_per_node=8 train.py --stage vl --config base --data coco vg --amp bf16
+    python train.py                                  # stage vl: tiny model, built-in world, any
+    machine python train.py --stage dvae                     # what stage image needs python
+    train.py --stage image                    # the three stages, each from the one before python
+    train.py --stage text --init runs/image/last.pt python train.py --stage vl --init
+    runs/text/last.pt python train.py --stage text --help              # the flags of a stage, with
+    their defaults torchrun --nproc_per_node=8 train.py --stage vl --config base --data coco vg
+    --amp bf16
 """
 
 import dataclasses
@@ -186,7 +186,8 @@ def train(stage, args, run, start=None):
     log = runtime.Log(out, args, run, stage, loader, done, record)
 
     for step in range(done + 1, args.steps + 1):
-        # Drop-path and negatives are functions of (seed, step, process); the data have seeds of their own
+        # Drop-path and negatives are functions of (seed, step, process); the data have seeds of
+        # their own
         runtime.seed_all(args.seed, step, run.rank)
         lr = runtime.learning_rate(step, args.steps, args.warmup, args.lr, stage.decay)
         for group in optimizer.param_groups:

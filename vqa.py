@@ -223,14 +223,15 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 DIGITS = {"none": "0"}
 for _number, _word in enumerate("zero one two three four five six seven eight nine ten".split()):
     DIGITS[_word] = str(_number)
-CONTRACTIONS = """
-ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
-not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
-someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're
-there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
-when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
-wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
+CONTRACTIONS = """ ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
+mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
+you're you've""".split()
 APOSTROPHES = {}  # a contraction that lacks one of its apostrophes → the contraction
 for _word in CONTRACTIONS:
     for _at in [match.start() for match in re.finditer("'", _word)]:
@@ -244,7 +245,8 @@ def normalise(answer):
     given = text = " ".join(answer.split())
     joined = re.search(r"\d,\d", given)  # as in "1,000"
     for sign in PUNCTUATION:
-        # Next to a space, and in any text with such a number, a sign goes; elsewhere a space replaces it
+        # Next to a space, and in any text with such a number, a sign goes; elsewhere a space
+        # replaces it
         goes = joined or f"{sign} " in given or f" {sign}" in given
         text = text.replace(sign, "" if goes else " ")
     text = re.sub(r"\.(?!\d)", "", text)
@@ -298,16 +300,17 @@ def soft_scores(answers, numbers):
 
 
 def accuracy(answer, answers):
-    """VQA 2.0's accuracy of one answer: min(n / 3, 1), where n of the annotators agree, averaged over
-    all the sets that leave one of them out."""
+    """VQA 2.0's accuracy of one answer: min(n / 3, 1), where n of the annotators agree, averaged
+    over all the sets that leave one of them out."""
     given = [normalise(other) for other in answers]
     n, all = given.count(normalise(answer)), len(given)
     return (n * min((n - 1) / 3, 1) + (all - n) * min(n / 3, 1)) / all
 
 
 def accuracies(predicted, questions):
-    """Answers to a list of Question → {"accuracy", and of each type of answer its accuracy, and that
-    of the best constant answer (of the ten most frequent) to all its questions}, in percent."""
+    """Answers to a list of Question → {"accuracy", and of each type of answer its accuracy, and
+    that of the best constant answer (of the ten most frequent) to all its questions}, in
+    percent."""
     kinds = collections.defaultdict(list)
     for answer, question in zip(predicted, questions):
         kinds[question.kind].append((answer, question))
