@@ -111,8 +111,8 @@ def itc_loss(i2t, t2i, same):
     own are left out."""
     own = own_columns(len(same), same.device)
     left_out = same.scatter(1, own[:, None], False)
-    loss = lambda scores: F.cross_entropy(scores.masked_fill(left_out, -math.inf), own)
-    return (loss(i2t) + loss(t2i)) / 2
+    i2t, t2i = (scores.masked_fill(left_out, -math.inf) for scores in (i2t, t2i))
+    return (F.cross_entropy(i2t, own) + F.cross_entropy(t2i, own)) / 2
 
 
 # ---- Image-text matching -------------------------------------------------------------------------

@@ -23,9 +23,9 @@ import data
 import losses
 import sources
 import texts
-from mome import Block, Config, embedding, initialise
+from mome import Block, embedding, initialise
 from runtime import UserError
-from stage import Stage, config_flags, masked_words, over_processes, weight_flag
+from stage import FIELDS, Stage, config_flags, masked_words, over_processes, weight_flag
 from stages import VL
 from texts import IGNORE, Words, cut
 
@@ -248,7 +248,6 @@ def check_encoder(config):
         raise UserError("MoMo reconstructs hidden patches from others, and one patch has no other")
 
 
-FIELDS = [field.name for field in dataclasses.fields(Config)]
 ENCODER = [name for name in FIELDS if name not in ("experts", "attention", "position", "text_reach")]
 
 

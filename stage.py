@@ -25,17 +25,21 @@ class Stage(nn.Module):
     """One kind of training: its recipe, flags, data, losses and measure. The loop of train.py knows
     nothing else of it.
 
-    A subclass has `recipe`, {config: defaults of flags} (without a row of their own, base_plus and
-    large take that of base), and four methods, always in this order:
-      flags(parser, base)                 adds the flags that only this stage has; base: the Config
-      it starts from __init__(args, config, start, run)  reads the data, builds the model from the
-      Checkpoint `start` or from nothing forward(*batches)                   one batch of each data
-      set in `samples` → {name of a loss: scalar} measure(split, device)              → {name:
-      number} on split "val" or "test"
+    A subclass has `recipe`, {config: defaults of flags} (base_plus and large take the row of base if
+    they have none), and four methods, always in this order:
+
+    flags(parser, base)
+        Adds the flags that only this stage has. base: the Config that it starts from.
+    __init__(args, config, start, run)
+        Reads the data; builds the model, from the Checkpoint `start` or from nothing.
+    forward(*batches)
+        One batch of each data set in `samples` → {name of a loss: scalar}.
+    measure(split, device)
+        → {name: number} on split "val" or "test".
     """
 
     unit = "pairs"  # what a sample is
-    betas, weight_decay, decay = (0.9, 0.98), 0.01, "linear"  # AdamW and the learning rate (Section 4.1)
+    betas, weight_decay, decay = (0.9, 0.98), 0.01, "linear"  # AdamW, learning rate (Section 4.1)
     best = None  # of a task: the number that decides which step is kept as best.pt
     takes_turns = False  # whether some steps train only a part of the parameters
     head_factor = 1.0  # of the learning rate of the head
@@ -74,22 +78,29 @@ class Stage(nn.Module):
         return [module for module in self.modules() if isinstance(module, Block)]
 
 
-CHOICES = {"position": ["absolute", "relative"], "experts": ["mome", "shared"], "attention": ["shared", "separate"]}
+CHOICES = {
+    "position": ["absolute", "relative"],
+    "experts": ["mome", "shared"],
+    "attention": ["shared", "separate"],
+}
+FIELDS = [field.name for field in dataclasses.fields(Config)]
 
 
-def config_flags(parser, base, names=tuple(field.name for field in dataclasses.fields(Config))):
-    """Adds flags for fields of the Config."""
-    group = parser.add_argument_group("architecture")
-    for field in dataclasses.fields(Config):
-        if field.name in names:
-            flag, choices = "--" + field.name.replace("_", "-"), CHOICES.get(field.name)
-            metavar = None if choices else field.type.__name__.upper()
-            value = dataclasses.asdict(base)[field.name]
-            group.add_argument(flag, type=field.type, default=value, choices=choices, metavar=metavar, help="see mome.py")
+def config_flags(parser, base, names=FIELDS):
+    """Adds flags for fields of the Config, which mome.py explains."""
+    group = parser.add_argument_group("architecture (fields of Config in mome.py)")
+    for name in names:
+        flag, value, choices = f"--{name.replace('_', '-')}", getattr(base, name), CHOICES.get(name)
+        metavar = None if choices else type(value).__name__.upper()
+        group.add_argument(
+            flag, type=type(value), default=value, choices=choices, metavar=metavar, help="(default: %(default)s)"
+        )
 
 
 def weight_flag(group, name, default):
-    group.add_argument(f"--{name}-weight", type=at_least(0.0), default=default, metavar="W", help="0 drops the loss")
+    group.add_argument(
+        f"--{name}-weight", type=at_least(0.0), default=default, metavar="W", help="0 drops the loss"
+    )
 
 
 # ---- A downstream task ---------------------------------------------------------------------------
@@ -97,12 +108,16 @@ def weight_flag(group, name, default):
 
 class Task(Stage):
     """A task that chooses, for each sample, among answers, truth values or classes (Section 3.5).
-
-    Besides a stage's methods a subclass has
-      predict(batch)                  → logits (b, C) for C choices; batch: image, and text, mask
-      (b, T) results(predicted, source)      → {name: number}; predicted: a number of a choice per
-      sample submission(predicted, source)   → str, what the official server or script reads
     Without "train" in args.splits it only evaluates a checkpoint.
+
+    Besides the methods of a stage a subclass has
+
+    predict(batch)
+        → logits (b, C) for C choices. batch: image, and text, mask (b, T) if the task has texts.
+    results(predicted, source)
+        → {name: number}. predicted: the number of a choice for each sample.
+    submission(predicted, source)
+        → str, what the official server or script reads.
     """
 
     best = "accuracy"

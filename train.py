@@ -131,7 +131,7 @@ def begin(stage, args, run, start):
     if start and not start.resumed:
         run.print(f"{start.path} (stage {start.stage}, step {start.step}):")
         run.print(checkpoint.report(checkpoint.with_sizes(stage.origin, stage.model)))
-    return train(stage, args, run, start)
+    train(stage, args, run, start)
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -160,18 +160,17 @@ def freeze_unread(stage, batches, run):
 
 
 def train(stage, args, run, start=None):
-    """The loop of every stage and every task → the path of the last checkpoint."""
+    """The loop of every stage and every task."""
     # The first batch tells what is trained
     stage.to(run.device).train()
-    done = start.step if start and start.resumed else 0
+    resumed = bool(start and start.resumed)
+    done, record = (start.step, start.record) if resumed else (0, -math.inf)
     loader = data.Loader(stage.samples, args, run, done * args.accumulate)
     batches = next(loader)
     freeze_unread(stage, batches, run)
 
     # Optimizer, and where a resumed run left it
     optimizer, scaler = runtime.adamw(stage), run.scaler()
-    resumed = start and start.resumed
-    record = start.record if resumed else -math.inf
     if resumed:
         start.restore(stage, args, run, optimizer, scaler)
     if start:
@@ -186,8 +185,7 @@ def train(stage, args, run, start=None):
     log = runtime.Log(out, args, run, stage, loader, done, record)
 
     for step in range(done + 1, args.steps + 1):
-        # Drop-path and negatives are functions of (seed, step, process); the data have seeds of
-        # their own
+        # Drop-path and negatives follow from (seed, step, process); the data have their own seeds
         runtime.seed_all(args.seed, step, run.rank)
         lr = runtime.learning_rate(step, args.steps, args.warmup, args.lr, stage.decay)
         for group in optimizer.param_groups:
@@ -230,7 +228,6 @@ def train(stage, args, run, start=None):
         log.measure("test", args.steps)
     log.close()
     run.print(f"{out / 'last.pt'} holds the model")
-    return out / "last.pt"
 
 
 def main():
