@@ -97,7 +97,7 @@ class Checkpoint:
         if args.steps < self.step:
             raise UserError(f"{self.path} is at step {self.step}, beyond --steps {args.steps}")
         then = self.args | {"processes": self.processes, "resume": True}
-        now = vars(args) | {"processes": run.world}
+        now = settings(stage, args, run)["args"] | {"processes": run.world}
         changed = [f"{name} {then.get(name)} → {now[name]}" for name in now if now[name] != then.get(name)]
         told = f" with other flags: {', '.join(changed)}" if changed else ""
         run.print(f"resuming after step {self.step}{told}")
@@ -119,9 +119,8 @@ def read(path, resumed=False):
         raise UserError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGED as error:
-        reason = runtime.first_line(error)
-        raise UserError(f"{path} is not a checkpoint of this project, or is damaged ({reason})") from None
+    except DAMAGED:
+        raise UserError(f"{path} is not a checkpoint of this project, or is damaged") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint of this project")
     return Checkpoint(path, content, resumed)
@@ -157,7 +156,9 @@ def save(path, stage, args, run, step, record, optimizer=None, scaler=None):
 def settings(stage, args, run):
     """What a run is, for last.pt and config.json."""
     config = dataclasses.asdict(stage.model.config)
-    return {"stage": args.stage, "args": vars(args), "processes": run.world, "config": config}
+    given = vars(args)
+    actual = {name: value for name, value in config.items() if name in given}  # vocab_size follows the data
+    return {"stage": args.stage, "args": given | actual, "processes": run.world, "config": config}
 
 
 def learned(model, taken):

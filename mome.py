@@ -51,9 +51,9 @@ class Config:
         }
         for rule, holds in rules.items():
             if not holds:
-                raise ValueError(f"{rule}: {self}")
+                raise ValueError(rule)
         if self.dim % self.heads or self.image_size % self.patch_size:
-            raise ValueError(f"dim must be a multiple of heads, image_size one of patch_size: {self}")
+            raise ValueError("dim must be a multiple of heads, image_size one of patch_size")
 
 
 CONFIGS = {

@@ -46,9 +46,6 @@ def parse(stages, option, default, description):
     first.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
     chosen, _ = first.parse_known_args()
     name = chosen.stage or default
-    if not name:
-        runtime.Parser(parents=[first], description=description).parse_args()  # it may be --help
-        raise UserError(f"name a task: {option} {', '.join(stages)}")
     out = chosen.out or f"runs/{name}"
     start = checkpoint.find(out, chosen.resume, chosen.init)
     if start and start.resumed:
@@ -57,6 +54,9 @@ def parse(stages, option, default, description):
         name = start.stage
         if name not in stages:
             raise UserError(f"{out} holds a run of {name}, which another script goes on with")
+    if not name:
+        runtime.Parser(parents=[first], description=description).parse_args()  # it may be --help
+        raise UserError(f"name a task: {option} {', '.join(stages)}")
     Stage = stages[name]
 
     # The model starts from the checkpoint's architecture, or from that of --config
