@@ -152,7 +152,7 @@ class DVAE(Stage):
         super().__init__()
         self.out, self.steps, self.image_size = args.out, args.steps, config.image_size
         self.loss_weights = {"reconstruction": 1.0, "kl": args.kl_weight}
-        self.sources = sources.read_splits(args.splits, lambda split: sources.pictures(args.data, split, self.image_size))
+        self.sources = sources.read_pictures(args, config.image_size)
         seed_all(args.seed)
         self.model = Tokenizer(DVAEConfig(config.image_size // config.patch_size, args.codes, args.width))
         if start:

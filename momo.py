@@ -235,9 +235,6 @@ class MoMo:
         inputs = {name: batch[name] for name in ("masked", "labels", "mask")}
         return reconstruct(self.model, self.head["text"], inputs)[1]
 
-    def hidden_words(self, tokenizer, config, modality):
-        return HiddenWords(tokenizer, config.max_text_len, RATIO[modality])
-
 
 def check_encoder(config):
     """UserError if the encoder of this Config is not MoMo's."""
@@ -251,14 +248,18 @@ def check_encoder(config):
 ENCODER = [name for name in FIELDS if name not in ("experts", "attention", "position", "text_reach")]
 
 
-def two_flags(group):
-    """Flags of the two stages that learn two modalities."""
-    group.add_argument(
-        "--texts", nargs="+", default=["shapes"], metavar="PATH", help="plain text; shapes: built-in"
-    )
-    group.add_argument("--no-simultaneous", action="store_true", help="one modality only (Table 6)")
-    turns = "the modalities take turns, an update for each (Table 6)"
-    group.add_argument("--no-cmga", action="store_true", help=turns)
+def momo_flags(parser, base, two=True, images="crop"):
+    """Adds the flags of a stage. two: it learns two modalities."""
+    group = parser.add_argument_group("MoMo")
+    group.add_argument("--normalise-pixels", action="store_true", help="targets per patch, as MAE's")
+    if two:
+        texts = "plain text; shapes: that of the built-in world"
+        group.add_argument("--texts", nargs="+", default=["shapes"], metavar="PATH", help=texts)
+        group.add_argument("--no-simultaneous", action="store_true", help="one modality (Table 6)")
+        turns = "the modalities take turns, an update for each (Table 6)"
+        group.add_argument("--no-cmga", action="store_true", help=turns)
+    data.flags(parser, images, text=two)
+    config_flags(parser, base, ENCODER)
 
 
 def check_two(args, unused):
@@ -282,15 +283,13 @@ class MoMoImage(MoMo, Stage):
 
     @staticmethod
     def flags(parser, base):
-        image_flags(parser.add_argument_group("stage momo-image"))
-        data.flags(parser, images="crop")
-        config_flags(parser, base, ENCODER)
+        momo_flags(parser, base, two=False)
 
     def __init__(self, args, config, start, run):
         super().__init__()
         check_encoder(config)
         self.normalised, self.loss_weights = args.normalise_pixels, {"mim": 1.0}
-        self.sources = read_pictures(args, config)
+        self.sources = sources.read_pictures(args, config.image_size)
         self.tokenizer = start.tokenizer if start else None
         self.set_up(args, config, start, ["image"])
         self.samples = [image_samples(self.sources, args, config)]
@@ -316,11 +315,7 @@ class MoMoText(MoMo, Stage):
 
     @staticmethod
     def flags(parser, base):
-        group = parser.add_argument_group("stage momo-text")
-        two_flags(group)
-        image_flags(group)
-        data.flags(parser, images="crop", text=True)
-        config_flags(parser, base, ENCODER)
+        momo_flags(parser, base)
 
     def __init__(self, args, config, start, run):
         super().__init__()
@@ -329,11 +324,11 @@ class MoMoText(MoMo, Stage):
         modalities = ["text"] if args.no_simultaneous else ["text", "image"]
         self.normalised = args.normalise_pixels
         self.loss_weights = {"mlm": 1.0} if args.no_simultaneous else {"mlm": 1.0, "mim": 1.0}
-        self.sources = {} if args.no_simultaneous else read_pictures(args, config)
+        self.sources = {} if args.no_simultaneous else sources.read_pictures(args, config.image_size)
         corpus = functools.partial(texts.corpus, args.texts)
         self.tokenizer = texts.vocabulary(args, config, start, run, corpus).tokenizer
         config = dataclasses.replace(config, vocab_size=self.tokenizer.get_vocab_size())
-        words = self.hidden_words(self.tokenizer, config, "text")
+        words = HiddenWords(self.tokenizer, config.max_text_len, RATIO["text"])
         self.texts = texts.packed(args.texts, words, args.seed, run)
         self.set_up(args, config, start, modalities)
         self.samples = [self.texts["train"]]
@@ -377,10 +372,7 @@ class MoMoVL(MoMo, VL):
         weight_flag(group, "itc", 1.0)
         weight_flag(group, "itm", 1.0)
         group.add_argument("--negatives", choices=["global", "local"], default="global", help="Table 6")
-        two_flags(group)
-        image_flags(group)
-        data.flags(parser, images="randaugment", text=True)
-        config_flags(parser, base, ENCODER)
+        momo_flags(parser, base, images="randaugment")
 
     def __init__(self, args, config, start, run):
         Stage.__init__(self)
@@ -393,9 +385,7 @@ class MoMoVL(MoMo, VL):
             weights["mlm"] = 1.0
         self.loss_weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.aligned = self.loss_weights.keys() & {"itc", "itm"}
-        self.sources = sources.read_splits(
-            args.splits, lambda split: sources.pairs(args.data, split, config.image_size)
-        )
+        self.sources = sources.read_pairs(args, config.image_size)
 
         def corpus():
             more = [] if args.no_simultaneous else texts.corpus(args.texts)
@@ -406,16 +396,13 @@ class MoMoVL(MoMo, VL):
         config = dataclasses.replace(config, vocab_size=self.words.size)
         self.texts = {}
         if not args.no_simultaneous:
-            words = self.hidden_words(self.tokenizer, config, "text")
+            words = HiddenWords(self.tokenizer, config.max_text_len, RATIO["text"])
             self.texts = texts.packed(args.texts, words, args.seed, run)
         self.set_up(args, config, start, modalities)
-        words = self.hidden_words(self.tokenizer, config, "pair")
+        words = HiddenWords(self.tokenizer, config.max_text_len, RATIO["pair"])
         hide_some = hiding("pair", config)
         train = data.Pairs(self.sources["train"], words, config.image_size, args, hide_some)
         self.samples = [train] + ([self.texts["train"]] if self.texts else [])
-
-    def measured(self):
-        return super().measured() if "itc" in self.loss_weights else []
 
     def forward(self, pairs, texts=None):
         """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T)."""
@@ -431,16 +418,6 @@ class MoMoVL(MoMo, VL):
 
     def measure(self, split, device):
         return super().measure(split, device) | measure_texts(self, split, device)
-
-
-def image_flags(group):
-    group.add_argument("--normalise-pixels", action="store_true", help="targets per patch, as MAE's")
-
-
-def read_pictures(args, config):
-    return sources.read_splits(
-        args.splits, lambda split: sources.pictures(args.data, split, config.image_size)
-    )
 
 
 def hiding(modality, config):

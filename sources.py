@@ -61,9 +61,14 @@ def read_splits(names, read):
     return found
 
 
-def pairs(paths, split, image_size):
-    """The source of pictures with captions that --data names: "shapes", or one or more folders."""
-    return pictures(paths, split, image_size, captions=True)
+def read_pictures(args, image_size):
+    """{split: source} of the pictures that --data names."""
+    return read_splits(args.splits, lambda split: pictures(args.data, split, image_size))
+
+
+def read_pairs(args, image_size):
+    """{split: source} of the pictures with captions that --data names."""
+    return read_splits(args.splits, lambda split: pictures(args.data, split, image_size, captions=True))
 
 
 def pictures(paths, split, image_size, captions=False):

@@ -17,7 +17,7 @@ import dvae
 import losses
 import sources
 import texts
-from mome import CONFIGS, MIMHead
+from mome import MIMHead
 from retrieval import retrieval
 from runtime import UserError, seed_all
 from stage import Stage, config_flags, masked_words, over_processes, percent, perplexity, weight_flag
@@ -33,7 +33,8 @@ class Image(Stage):
     unit, betas, weight_decay, decay = "images", (0.9, 0.999), 0.05, "cosine"
     recipe = {
         "tiny": dict(batch_size=64, steps=600, warmup=60, lr=1e-3, clip=1.0, save_every=100),
-        "base": dict(batch_size=2048, steps=500_000, warmup=10_000, lr=1.5e-3, clip=3.0),  # 800 epochs of ImageNet-1k
+        # 800 epochs of ImageNet-1k
+        "base": dict(batch_size=2048, steps=500_000, warmup=10_000, lr=1.5e-3, clip=3.0),
     }
 
     @staticmethod
@@ -47,14 +48,11 @@ class Image(Stage):
     def __init__(self, args, config, start, run):
         super().__init__()
         self.side, self.loss_weights = config.image_size // config.patch_size, {"mim": 1.0}
-        self.sources = sources.read_splits(
-            args.splits, lambda split: sources.pictures(args.data, split, config.image_size)
-        )
+        self.sources = sources.read_pictures(args, config.image_size)
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         self.tokenizer = start.tokenizer if start else None  # of an earlier stage with text
 
-        # The tokenizer of images: a checkpoint of this stage holds its own, and a head for its
-        # codes
+        # A checkpoint of this stage holds its own tokenizer of images, and a head for its codes
         path = args.dvae or "runs/dvae/last.pt"
         keeps = start and "dvae" in start.extra and (start.resumed or not args.dvae)
         if keeps and start.resumed and args.dvae != start.args["dvae"]:
@@ -63,7 +61,8 @@ class Image(Stage):
         self.dvae = dvae.build(kept, start.path if keeps else path)
         if self.dvae.config.grid != self.side:
             sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
-            raise UserError(f"the dVAE has {self.dvae.config.grid} codes a side, not {self.side}: train one with {sizes}")
+            found = f"{self.dvae.config.grid} codes a side, not {self.side}"
+            raise UserError(f"the dVAE has {found}: train one with {sizes}")
         self.extra = {"dvae": kept}
 
         seed_all(args.seed, 1)
@@ -93,16 +92,19 @@ class Image(Stage):
         patch."""
         self.eval()
         source = self.sources[split]
-        found = torch.zeros(4, dtype=torch.float64, device=device)  # masked, right, nearest right, loss
+        found = torch.zeros(4, dtype=torch.float64, device=device)  # masked, right, nearest, loss
         used = torch.zeros(self.dvae.config.codes, dtype=torch.float64, device=device)
         shares = data.sample_batches(len(source))
-        for numbers, image in zip(shares, data.pictures(source, shares, self.model.config.image_size, device)):
-            hidden = torch.stack([self.hide(random.Random(f"mask {i}")) for i in numbers]).to(device)  # (n, N)
+        views = data.pictures(source, shares, self.model.config.image_size, device)
+        for numbers, image in zip(shares, views):
+            hidden = torch.stack([self.hide(random.Random(f"mask {i}")) for i in numbers])
+            hidden = hidden.to(device)  # (n, N)
             logits, codes = self.predict(image, hidden)
             labels, nearest = codes[hidden], nearest_visible(codes, hidden)[hidden]  # (M,)
             right = (logits.argmax(1) == labels).sum()
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            found += torch.stack([right.new_tensor(len(labels)), right, (nearest == labels).sum(), loss])
+            count, near = right.new_tensor(len(labels)), (nearest == labels).sum()
+            found += torch.stack([count, right, near, loss])
             used += torch.bincount(labels, minlength=len(used))
         masked, right, nearest, loss, *used = over_processes(torch.cat([found, used]))
         return {
@@ -115,12 +117,13 @@ class Image(Stage):
 
 
 def nearest_visible(codes, hidden):
-    """For each patch the code of the nearest visible one (the first of equals). codes, hidden (n,
-    N) → (n, N)."""
+    """For each patch the code of the nearest visible one (the first of equals).
+    codes, hidden (n, N) → (n, N)."""
     n, N = codes.shape
     place = torch.arange(N, device=codes.device)
     grid = torch.stack([place // math.isqrt(N), place % math.isqrt(N)], dim=1).float()  # (N, 2)
-    distance = torch.cdist(grid, grid).expand(n, N, N).masked_fill(hidden[:, None], torch.inf)  # (n, N, N)
+    distance = torch.cdist(grid, grid).expand(n, N, N)
+    distance = distance.masked_fill(hidden[:, None], torch.inf)  # (n, N, N)
     return codes.gather(1, distance.argmin(2))
 
 
@@ -146,9 +149,9 @@ class Text(Stage):
     def __init__(self, args, config, start, run):
         super().__init__()
         if not start:
-            raise UserError("stage text keeps the attention of stage image: name its checkpoint with --init")
+            raise UserError("stage text keeps the attention of stage image: name its file with --init")
         if config.experts == "shared":
-            raise UserError("stage text trains only language experts, and a model with --experts shared has none")
+            raise UserError("stage text trains language experts; --experts shared has none")
         self.loss_weights = {"mlm": 1.0}
         self.words = texts.vocabulary(args, config, start, run, lambda: texts.corpus(args.data))
         self.tokenizer = self.words.tokenizer
@@ -192,11 +195,11 @@ class VL(Stage):
     3.3)."""
 
     recipe = {
-        "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100),
-        "base": dict(batch_size=1024, steps=200_000, warmup=2500, lr=2e-4),
+        "tiny": dict(
+            batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100, max_text_len=24
+        ),
+        "base": dict(batch_size=1024, steps=200_000, warmup=2500, lr=2e-4, max_text_len=40),
     }
-    recipe["tiny"] |= dict(max_text_len=CONFIGS["tiny"].max_text_len)
-    recipe["base"] |= dict(max_text_len=CONFIGS["base"].max_text_len)
     recipe["large"] = recipe["base"] | dict(lr=5e-5)
 
     @staticmethod
@@ -217,14 +220,16 @@ class VL(Stage):
         if not self.loss_weights:
             raise UserError("--itc-weight, --itm-weight and --mlm-weight must not all be 0")
         self.negatives = args.negatives
-        splits = args.splits if args.itc_weight else args.splits[:1]  # only ITC makes retrieval work
-        self.sources = sources.read_splits(splits, lambda split: sources.pairs(args.data, split, config.image_size))
+        self.sources = sources.read_pairs(args, config.image_size)
         self.words = texts.vocabulary(args, config, start, run, lambda: self.sources["train"].corpus())
         self.tokenizer = self.words.tokenizer
         config = dataclasses.replace(config, vocab_size=self.words.size)
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         if "train" in self.sources:
             self.samples = [data.Pairs(self.sources["train"], self.words, config.image_size, args)]
+
+    def measured(self):
+        return super().measured() if "itc" in self.loss_weights else []  # only ITC can retrieve
 
     def note(self, args, run):
         """From how many samples a pair must be told apart."""
@@ -234,23 +239,23 @@ class VL(Stage):
         return contrast + (f", {hard} for hard negatives" if "itm" in self.loss_weights else "")
 
     def forward(self, batch):
-        """batch: image (b, 3, S, S); text, masked, labels (b, T) int64; mask (b, T) bool; ids (b,
-        2) int64."""
+        """batch: image (b, 3, S, S); text, masked, labels (b, T) int64; mask (b, T) bool; ids (b, 2)
+        int64, as data.Pairs makes them."""
         return self.pair_losses(batch, self.loss_weights)
 
     def pair_losses(self, batch, wanted):
         """Those of the losses "itc", "itm", "mlm" that are wanted, and 1/σ."""
         image, text, mask, labels = batch["image"], batch["text"], batch["mask"], batch["labels"]
         b, out, pairs = len(image), {}, []
-        same = losses.same_pairs(batch["ids"])  # (b, B) bool: the same picture or caption, so no negative
-        i2t = t2i = torch.zeros(same.shape, device=same.device)  # without ITC, every candidate is equally likely
+        same = losses.same_pairs(batch["ids"])  # (b, B): the same picture or caption, no negatives
+        i2t = t2i = torch.zeros(same.shape, device=same.device)  # without ITC, all equally likely
 
         # Image-text contrast: Eq. (3) and (4)
         if "itc" in wanted:
             T = cut(mask)
             image_vectors = self.model.embed_image(image)  # (b, D)
             text_vectors = self.model.embed_text(text[:, :T], mask[:, :T])  # (b, D)
-            i2t, t2i = losses.similarities(image_vectors, text_vectors, self.model.scale())  # (b, B) each
+            i2t, t2i = losses.similarities(image_vectors, text_vectors, self.model.scale())  # (b, B)
             out["itc"] = losses.itc_loss(i2t, t2i, same)
             out["scale"] = self.model.scale().detach()
 
@@ -264,21 +269,24 @@ class VL(Stage):
             drawn_image, image_found = losses.draw_negatives(t2i, candidate)  # (b,) each
             drawn_text, text_found = losses.draw_negatives(i2t, candidate)
             wrong_image = losses.exchange(image, drawn_image)
-            wrong_text, wrong_mask = losses.exchange(torch.stack([text, mask.long()], 1), drawn_text).unbind(1)
-            pairs += [(text, mask, image), (text, mask, wrong_image), (wrong_text, wrong_mask.bool(), image)]
+            both = torch.stack([text, mask.long()], dim=1)  # (b, 2, T)
+            wrong_text, wrong_mask = losses.exchange(both, drawn_text).unbind(1)
+            pairs += [(text, mask, image), (text, mask, wrong_image)]
+            pairs += [(wrong_text, wrong_mask.bool(), image)]
         if not pairs:
             return out
 
         # All of them in one pass
-        fused_texts, masks, images = (torch.cat(column) for column in zip(*pairs))  # n·b rows, n = 1, 3 or 4
-        T = cut(masks)
-        hidden = self.model.encode_pair(fused_texts[:, :T], masks[:, :T], images, rows=T)  # (n·b, T, D)
+        text, mask, image = (torch.cat(column) for column in zip(*pairs))  # b, 3b or 4b rows
+        T = cut(mask)
+        hidden = self.model.encode_pair(text[:, :T], mask[:, :T], image, rows=T)  # (·, T, D)
 
         # Masked language modeling on the first b pairs, image-text matching on the last 3b
         if "mlm" in wanted:
             labels = labels[:, :T]
             at = labels != IGNORE  # (b, T) bool: the M masked tokens
-            out["mlm"] = losses.masked_token_loss(self.model.mlm_head(hidden[:b][at]), labels[at])  # (M, V), (M,)
+            logits = self.model.mlm_head(hidden[:b][at])  # (M, V)
+            out["mlm"] = losses.masked_token_loss(logits, labels[at])
         if "itm" in wanted:
             logits = self.model.itm_head(self.model.pool(hidden[-3 * b :]))  # (3b, 2)
             matched = torch.arange(3 * b, device=logits.device) < b
