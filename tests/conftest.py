@@ -1,8 +1,11 @@
-"""Several processes in a test: `processes(world, function, *arguments)` → each process's answer."""
+"""What several test files share: scripts as users run them, small worlds, several processes."""
 
+import importlib
+import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,12 +13,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)  # the tests are small; threads of several processes would wait for each other
-multiprocessing.set_forkserver_preload(["torch._dynamo", "tokenizers", "PIL.Image"])  # imported once, for all processes
+torch.set_num_threads(1)  # tests are small; threads of several processes would wait for each other
+multiprocessing.set_forkserver_preload(["torch._dynamo", "tokenizers", "PIL.Image"])  # once for all
+
+import shapes
+import texts
+import train
+from stage import Stage
 
 
 def pytest_configure(config):
@@ -27,8 +36,138 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
+# ---- Scripts -------------------------------------------------------------------------------------
+
+KNOWN = {}  # tokenizers, trained once for all tests that ask for the same
+
+
+def train_tokenizer_once(captions, size, train_tokenizer=texts.train_tokenizer):
+    key = tuple(captions), size
+    if key not in KNOWN:
+        KNOWN[key] = train_tokenizer(captions, size)
+    return KNOWN[key]
+
+
+def call(monkeypatch, script, *flags):
+    """Runs a script's main in this process."""
+    monkeypatch.setattr(texts, "train_tokenizer", train_tokenizer_once)
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, flags)])
+    script.main()
+
+
+def main_of(script, *flags):
+    """A script's main, for processes(2, main_of, "train", *flags, group=False)."""
+    sys.argv = [f"{script}.py", *map(str, flags)]
+    importlib.import_module(script).main()
+
+
+def command(*words, processes=1, **environment):
+    """Runs a script in a process of its own, or in several under torchrun → CompletedProcess."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    start = [sys.executable, *(launcher if processes > 1 else []), *map(str, words)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(start, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def metrics(folder):
+    """The entries of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def repeatable(folder):
+    """The metrics that do not depend on the machine's speed."""
+    entries = []
+    for entry in metrics(folder):
+        entries.append({name: x for name, x in entry.items() if not name.endswith("_per_s")})
+    return entries
+
+
+def assert_close_metrics(one, two, rel=1e-3):
+    """Two folders have the same lines, up to rounding."""
+    for first, second in zip(repeatable(one), repeatable(two), strict=True):
+        assert first.pop("split", None) == second.pop("split", None)
+        assert first == pytest.approx(second, rel=rel)
+
+
+SIZE = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8".split()
+BRIEF = "--batch-size 8 --warmup 2 --steps 4 --save-every 2 --log-every 1".split()
+
+
+def train_stages(folder, monkeypatch, *flags):
+    """A few steps of VLMo's four stages, each from the one before, in folders below `folder`."""
+    dvae = ["--stage", "dvae", *SIZE[-4:], "--codes", 8, "--width", 16]
+    call(monkeypatch, train, *dvae, *BRIEF, "--out", folder / "dvae")
+    image = ["--stage", "image", *SIZE, *flags, "--dvae", folder / "dvae/last.pt"]
+    call(monkeypatch, train, *image, *BRIEF, "--out", folder / "image")
+    for before, stage in (("image", "text"), ("text", "vl")):
+        start = ["--stage", stage, "--init", folder / before / "last.pt"]
+        call(monkeypatch, train, *start, *BRIEF, "--out", folder / stage)
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory):
+    """The folder of train_stages in the small world, for tests that read it only."""
+    folder = tmp_path_factory.mktemp("stages")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shrink_world(monkeypatch)
+        train_stages(folder, monkeypatch)
+    return folder
+
+
+# ---- Data and stages -----------------------------------------------------------------------------
+
+
+def pictures(folder, count=6, split="train"):
+    """Writes a manifest of single-colored images with captions → its folder."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"{split}.jsonl", "w") as file:
+        for i in range(count):
+            Image.new("RGB", (20, 20), (40 * i % 256, 15 * i % 256, 100)).save(folder / f"{i}.png")
+            captions = [f"picture number {i}", "a color"]
+            file.write(json.dumps({"image": f"{i}.png", "captions": captions}) + "\n")
+    return folder
+
+
+def shrink_world(monkeypatch):
+    """Few scenes in each split of the built-in world, in this process."""
+    for split, count in {"train": 300, "val": 12, "test": 40}.items():
+        monkeypatch.setitem(shapes.SCENES, split, count)
+
+
+@pytest.fixture
+def small_world(monkeypatch):
+    shrink_world(monkeypatch)
+
+
+def batch_of(config, lengths, seed=0):
+    """Pairs as data.Pairs makes them, with one masked token each; the first two share an item."""
+    g = torch.Generator().manual_seed(seed)
+    b, T, S = len(lengths), config.max_text_len, config.image_size
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    text = torch.randint(5, config.vocab_size, (b, T), generator=g).masked_fill(~mask, 0)
+    masked, labels = text.clone(), torch.full((b, T), -100)
+    masked[:, 2], labels[:, 2] = 4, text[:, 2]
+    ids = torch.stack([torch.tensor([0, *range(b - 1)]), torch.arange(b) + 100], dim=1)
+    image = torch.randint(0, 256, (b, 3, S, S), generator=g, dtype=torch.uint8)
+    batch = {"image": image, "text": text, "mask": mask, "masked": masked}
+    return batch | {"labels": labels, "ids": ids}
+
+
+def bare(kind, model, **attributes):
+    """A stage of class `kind` around a model, without data; the rest of its state by name."""
+    stage = kind.__new__(kind)
+    Stage.__init__(stage)
+    for name, value in {"model": model, **attributes}.items():
+        setattr(stage, name, value)
+    return stage
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
 def _start(rank, world, port, group, function, arguments, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     torch.set_num_threads(1)
     if group:
@@ -40,7 +179,8 @@ def _start(rank, world, port, group, function, arguments, folder):
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
     def run(world, function, *arguments, group=True):
-        """group: there is a process group when function starts; else it makes one itself, as a script does."""
+        """Calls function in `world` processes → their answers. group: in a process group; without,
+        the function makes one itself, as a script does."""
         folder = tmp_path_factory.mktemp("processes")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -55,5 +195,5 @@ def processes(tmp_path_factory):
 @pytest.fixture
 def shared():
     if not SHARED.is_dir():
-        pytest.skip(f"needs the data beside the checkout ({SHARED.name}/ is not there)")
+        pytest.skip(f"needs the data next to the checkout ({SHARED.name}/ is not there)")
     return SHARED

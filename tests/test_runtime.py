@@ -1,38 +1,46 @@
-"""Optimizer groups, schedule, seeds, checkpoints, metrics."""
+"""Optimizer groups, schedule, seeds, files, the log."""
 
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import bare, metrics
+from torch import nn
 
 import runtime
 from mome import CONFIGS, VLMo
+from stage import Stage
 
 
 @pytest.mark.parametrize("switches", [{}, {"position": "relative", "layer_scale": 0.1}])
 def test_groups_hold_every_trainable_parameter_once_and_only_matrices_decay(switches):
-    model = VLMo(replace(CONFIGS["tiny"], **switches))
+    model, head = VLMo(replace(CONFIGS["tiny"], **switches)), nn.Linear(3, 2)
     model.mlm_head.requires_grad_(False)
-    optimizer = runtime.optimizer(model, weight_decay=0.01, betas=(0.9, 0.98))
-    decaying, plain = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
-    assert not decaying & plain
-    assert decaying | plain == {id(p) for p in model.parameters() if p.requires_grad}
-    kinds = {name.split(".")[-1] for name, p in model.named_parameters() if id(p) in plain}
+    stage = bare(Stage, model, head=head, head_factor=20.0)
+    groups = runtime.adamw(stage).param_groups
+    kinds = [(group["factor"], group["weight_decay"]) for group in groups]
+    assert kinds == [(20.0, 0.01), (20.0, 0.0), (1.0, 0.01), (1.0, 0.0)]
+    parameters = [id(p) for group in groups for p in group["params"]]
+    assert sorted(parameters) == sorted(id(p) for p in stage.parameters() if p.requires_grad)
+    assert groups[0]["params"] == [head.weight] and groups[1]["params"] == [head.bias]
+    decaying, plain = ({id(p) for p in group["params"]} for group in groups[2:])
+    assert {id(model.words.weight), id(model.patches.weight)} <= decaying
+    names = [name.split(".")[-1] for name, p in model.named_parameters() if id(p) in plain]
     relative = {"relative_table", "gamma"} if switches else {"text_position", "image_position"}
-    assert kinds == {"bias", "weight", "image_cls", "types", "logit_scale"} | relative
-    assert all(p.ndim == 1 for name, p in model.named_parameters() if id(p) in plain and name.endswith("weight"))
-    assert id(model.words.weight) in decaying and id(model.patches.weight) in decaying
+    assert set(names) == {"bias", "weight", "image_cls", "types", "logit_scale"} | relative
+    weights = [p for name, p in model.named_parameters() if id(p) in plain and name.endswith("weight")]
+    assert all(p.ndim == 1 for p in weights)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
     rates = [runtime.learning_rate(step, steps=10, warmup=4, peak=8.0) for step in range(1, 12)]
     assert rates == pytest.approx([2, 4, 6, 8, 48 / 7, 40 / 7, 32 / 7, 24 / 7, 16 / 7, 8 / 7, 0])
     assert runtime.learning_rate(1, steps=1, warmup=0, peak=1.0) == 1.0
-    wave = [runtime.learning_rate(step, steps=11, warmup=4, peak=8.0, decay="cosine") for step in range(1, 13)]
-    assert wave[:4] == rates[:4] and wave[7] == pytest.approx(4.0) and wave[11] == 0.0  # half way down, and at the end
+    wave = [runtime.learning_rate(step, 11, 4, 8.0, decay="cosine") for step in range(1, 13)]
+    assert wave[:4] == rates[:4] and wave[7] == pytest.approx(4.0) and wave[11] == 0.0
     assert wave[5] == pytest.approx(4 * (1 + 2**-0.5))  # a quarter of the way: 4·(1 + cos 45°)
 
 
@@ -44,93 +52,81 @@ def test_seeds_differ_by_every_word():
     assert len(draws) == 6
 
 
-def test_mean_without_other_processes_is_the_value(monkeypatch):
-    assert runtime.Runtime().mean(torch.tensor([[1.0, 2.0]])) == [[1.0, 2.0]]
-
-
-def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    content = {"stage": "vl", "step": 1, "args": {}, "config": {}, "model": {"w": torch.arange(3.0)}, "tokenizer": ""}
-    runtime.save(path, content)
-
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
+    path = tmp_path / "file"
+    runtime.write(path, lambda file: file.write(b"old"))
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(runtime.UserError, match="could not be written.*No space left"):
-        runtime.save(path, content | {"model": {"w": torch.zeros(3)}})
-    assert torch.equal(runtime.load(path)["model"]["w"], torch.arange(3.0))
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken", b"\x80\x02}q\x00."])
-def test_what_is_no_checkpoint_is_refused(tmp_path, content):
-    (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(runtime.UserError, match="x.pt"):
-        runtime.load(tmp_path / "x.pt")
-
-
-def test_truncated_and_foreign_checkpoints_are_refused(tmp_path):
-    path = tmp_path / "x.pt"
-    torch.save({"state_dict": {}}, path)
-    with pytest.raises(runtime.UserError, match="it has no args, config, model, stage, step, tokenizer"):
-        runtime.load(path)
-    runtime.save(
-        path, {"stage": "vl", "step": 1, "args": {}, "config": {}, "model": {"w": torch.zeros(1000)}, "tokenizer": ""}
-    )
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(runtime.UserError, match="damaged"):
-        runtime.load(path)
-    with pytest.raises(runtime.UserError, match="no such file"):
-        runtime.load(tmp_path / "absent.pt")
-
-
-def test_any_damage_to_a_checkpoint_is_refused_or_harmless(tmp_path):
-    path = tmp_path / "x.pt"
-    runtime.save(
-        path,
-        {
-            "stage": "vl",
-            "step": 1,
-            "args": {},
-            "config": {"dim": 4},
-            "model": {"w": torch.arange(8.0)},
-            "tokenizer": "{}",
-        },
-    )
-    whole = path.read_bytes()
-    for position in range(0, len(whole), 7):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
-        try:
-            runtime.load(path)
-        except runtime.UserError:
-            pass
-
-
-def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "was here"),)
-
-    torch.save({"config": Code(), "model": {}, "tokenizer": ""}, tmp_path / "x.pt")
     with pytest.raises(runtime.UserError):
-        runtime.load(tmp_path / "x.pt")
-    assert not (tmp_path / "was here").exists()
+        runtime.write(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
-    metrics = runtime.Metrics(tmp_path, main=True, step=0)
+# ---- The log -------------------------------------------------------------------------------------
+
+
+def log_in(folder, done=0, amp="off", world=1):
+    """A Log of a run that takes 8 samples per step."""
+    run = runtime.Runtime()
+    run.world = world
+    args = SimpleNamespace(steps=40, batch_size=8, amp=amp)
+    stage, loader = bare(Stage, nn.Module(), loss_weights={"itc": 1.0}), SimpleNamespace(unreadable=3)
+    return runtime.Log(folder, args, run, stage, loader, done)
+
+
+def test_lines_are_means_per_name_over_the_parts_that_have_it(tmp_path):
+    """As with --no-cmga, where the modalities take turns."""
+    log = log_in(tmp_path)
+    for itc, mim in ((1.0, None), (None, 10.0), (2.0, None), (6.0, None)):  # two steps of two parts
+        values = {"itc": itc, "mim": mim}
+        log.add({name: torch.tensor(value) for name, value in values.items() if value is not None})
+    for norm in (0.5, 1.5):
+        log.end_step(torch.tensor(norm))
+    log.write(2, lr=0.25)
+    log.add({"itc": torch.tensor(7.0)})
+    log.end_step(torch.tensor(2.0))
+    log.write(3, lr=0.5)
+    log.close()
+    first, second = metrics(tmp_path)
+    assert first.pop("pairs_per_s") > 0 and second.pop("pairs_per_s") > 0
+    common = {"unreadable": 3}
+    assert first == {"step": 2, "itc": 3.0, "mim": 10.0, "gradient norm": 1.0, "lr": 0.25} | common
+    assert second == {"step": 3, "itc": 7.0, "gradient norm": 2.0, "lr": 0.5} | common
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_a_skipped_fp16_step_does_not(tmp_path):
+    for amp, name in (("off", "itc"), ("off", "gradient norm"), ("fp16", "itc")):
+        log = log_in(tmp_path, amp=amp)
+        log.add({"itc": torch.tensor(1.0)} | {name: torch.tensor(torch.inf)})
+        with pytest.raises(runtime.UserError):
+            log.write(1, lr=0.1)
+    log = log_in(tmp_path, amp="fp16")
+    log.end_step(torch.tensor(torch.inf))
+    log.write(1, lr=0.1)
+    assert metrics(tmp_path)[-1]["gradient norm"] is None
+
+
+def test_a_resumed_run_drops_later_lines_and_that_of_the_test_split(tmp_path):
+    log = log_in(tmp_path)
     for step in (10, 20, 30):
-        metrics.write(step=step, itc=1.0)
-    runtime.Metrics(tmp_path, main=False, step=0).write(step=40)  # another process writes nothing
+        log.line(step=step)
+    log.line(step=20, split="val")
+    log.line(step=20, split="test")
+    log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4')  # killed while writing
-    runtime.Metrics(tmp_path, main=True, step=20).write(step=30, itc=0.5, norm=float("inf"))
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 10, "itc": 1.0}, {"step": 20, "itc": 1.0}, {"step": 30, "itc": 0.5, "norm": None}]
+    log_in(tmp_path, done=20).line(step=30, itc=0.5)
+    kept = [{"step": 10}, {"step": 20}, {"step": 20, "split": "val"}, {"step": 30, "itc": 0.5}]
+    assert metrics(tmp_path) == kept
+
+
+def test_a_damaged_log_is_refused_before_anything_is_cut(tmp_path):
     damaged = '{"step": 1}\n{"ste\n{"step": 3}\n'
     (tmp_path / "metrics.jsonl").write_text(damaged)
-    with pytest.raises(runtime.UserError, match="metrics.jsonl is damaged: move it away"):
-        runtime.Metrics(tmp_path, main=True, step=3)
+    with pytest.raises(runtime.UserError):
+        log_in(tmp_path, done=3)
     assert (tmp_path / "metrics.jsonl").read_text() == damaged
 
 
@@ -139,4 +135,4 @@ def test_what_the_system_refuses_is_one_line_and_exit_status_2(tmp_path, monkeyp
     monkeypatch.setattr(runtime.os, "_exit", status.append)
     runtime.run(lambda: open(tmp_path, "w"))
     line = capsys.readouterr().err
-    assert status == [2] and line.count("\n") == 1 and f"Is a directory: '{tmp_path}'" in line
+    assert status == [2] and line.count("\n") == 1 and str(tmp_path) in line

@@ -1,0 +1,164 @@
+"""VQA 2.0: answers and their accuracy by hand, the published files, the built-in world's questions."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import vqa as task
+from runtime import UserError
+from vqa import Question
+
+# ---- Answers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer, means",
+    [
+        ("a dog.", "dog"), ("The dog", "dog"), ("Two", "2"), ("none", "0"), ("red?", "red"),
+        ("3.5", "3.5"), ("1,000", "1000"), ("yes, sir", "yes sir"), ("black/white", "black white"),
+        ("isnt", "isn't"), ("dont know", "don't know"), ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"), ("'ows'at", "'ow's'at"), ("well", "well"), ("a.m.", "am"),
+        (" on\tthe\n table ", "on table"), ("", ""),
+    ],
+)  # fmt: skip
+def test_answers_are_compared_as_vqa_does(answer, means):
+    assert task.normalise(answer) == means
+
+
+def test_the_model_learns_answers_that_come_nine_times():
+    majorities = ["Yes"] * 5 + ["yes."] * 4 + ["no"] * 12 + ["two"] * 8 + ["a cat"] * 9
+    assert task.answer_vocabulary(majorities) == ["yes", "no", "cat"]
+
+
+def test_soft_scores_grow_by_three_tenths_per_annotator():
+    numbers = {"dog": 0, "2": 1, "cat": 2, "red": 3}
+    given = ["a dog", "dog", "Dog.", "two", "cat", "cat", "cat", "cat", "cat", "bird"]
+    scores = task.soft_scores(given, numbers)
+    torch.testing.assert_close(scores, torch.tensor([0.9, 0.3, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "answer, answers, accuracy",
+    [
+        ("dog", ["dog"] * 3 + ["cat"] * 7, 0.9),  # (3 · 2/3 + 7 · 1) / 10
+        ("dog", ["dog"] * 1 + ["cat"] * 9, 0.3),
+        ("dog", ["dog"] * 2 + ["cat"] * 8, 0.6),  # (2 · 1/3 + 8 · 2/3) / 10
+        ("dog", ["dog"] * 4 + ["cat"] * 6, 1.0),
+        ("bird", ["dog"] * 4 + ["cat"] * 6, 0.0),
+        ("two", ["2"] * 10, 1.0),
+        ("a dog.", ["A dog", "dog.", "the dog"] + ["cat"] * 7, 0.9),
+    ],
+)
+def test_accuracy_by_hand(answer, answers, accuracy):
+    assert task.accuracy(answer, answers) == pytest.approx(accuracy)
+
+
+def test_accuracies_by_type_next_to_the_best_constant():
+    given = [("yes", "yes/no"), ("yes", "yes/no"), ("no", "yes/no"), ("2", "number")]
+    questions = [Question(None, "?", 0, [answer] * 10, answer, kind) for answer, kind in given]
+    results = task.accuracies(["yes", "no", "no", "two"], questions)
+    assert results == pytest.approx({
+        "accuracy": 75,
+        "yes/no": 200 / 3, "yes/no, best constant": 200 / 3,
+        "number": 100, "number, best constant": 100,
+    })  # fmt: skip
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def picture(path, color="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), color).save(path)
+
+
+def vqa(folder, subset="train2014", ids=(1, 2, 3), annotated=None, **changes):
+    """A split of VQA 2.0 in the published schema, with its pictures. annotated: the questions with
+    answers, if not all."""
+    annotated = ids if annotated is None else annotated
+    given = [{"answer": "two", "answer_confidence": "yes", "answer_id": k} for k in range(1, 11)]
+    questions, annotations = [], []
+    for id in ids:
+        questions.append({"image_id": 10 + id, "question": f"What is {id}?", "question_id": id})
+        picture(folder / subset / f"COCO_{subset}_{10 + id:012d}.jpg")
+    for id in annotated:
+        annotations.append({
+            "question_type": "what is", "multiple_choice_answer": "2", "answers": given,
+            "image_id": 10 + id, "answer_type": "number", "question_id": id,
+        })  # fmt: skip
+    content = {"task_type": "Open-Ended", "data_subtype": subset, "questions": questions} | changes
+    (folder / f"v2_OpenEnded_mscoco_{subset}_questions.json").write_text(json.dumps(content))
+    if annotated:
+        content = {"data_subtype": subset, "annotations": annotations} | changes
+        (folder / f"v2_mscoco_{subset}_annotations.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_files_are_read_as_downloaded(tmp_path):
+    vqa(tmp_path)
+    source = task.read([tmp_path], "train", 8)
+    file = str(tmp_path / "train2014" / "COCO_train2014_000000000012.jpg")
+    assert source[1] == Question(file, "What is 2?", 2, ["two"] * 10, "2", "number")
+    assert len(source) == 3 and source.image(0).size == (8, 8)
+    assert source.corpus()[0] == "What is 1?"
+    for split in ("val", "valid"):  # not there, and not known
+        with pytest.raises(data.Absent):
+            task.read([tmp_path], split, 8)
+
+    # Two sets of questions on the images of test2015, without answers
+    vqa(tmp_path, "test2015", ids=(4, 5), annotated=())
+    assert task.read([tmp_path], "test", 8)[0].answers is None
+    path = tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json"
+    path.rename(tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json")
+    image = task.read([tmp_path], "test-dev", 8)[1].image
+    assert image.endswith("test2015/COCO_test2015_000000000015.jpg")
+
+
+def test_trainval_and_minival_share_no_image_and_lose_none(tmp_path):
+    vqa(tmp_path)
+    vqa(tmp_path, "val2014", ids=range(100, 400))
+    most, few = (task.read([tmp_path], split, 8) for split in ("trainval", "minival"))
+    assert len(most) + len(few) == 303 and 0 < len(few) < 20
+    assert {most[i].image for i in range(len(most))}.isdisjoint(
+        few[i].image for i in range(len(few))
+    )
+    args = SimpleNamespace(data=[str(tmp_path)], splits=data.SPLITS, trainval=True)
+    found = task.read_sources(args, 8)
+    assert {split: len(source) for split, source in found.items()} == {
+        "train": len(most), "val": len(few)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"questions": [{"question": "What?", "question_id": 1}]},  # no image
+        {"questions": [{"image_id": "x", "question": "What?", "question_id": 1}]},
+        {"questions": [{"image_id": 11, "question": 5, "question_id": 1}]},
+        {"questions": 5},
+        {"annotations": [{"question_id": 1}]},
+        {"ids": (1, 2, 2)},
+        {"annotated": (1, 2)},  # the two files are of different splits
+        {"annotated": (1, 2, 3, 9)},
+        {"picture": "000000000012"},  # is missing
+    ],
+)
+def test_files_that_do_not_fit_are_refused(changes, tmp_path):
+    missing = changes.get("picture")
+    vqa(tmp_path, **changes)
+    if missing:
+        (tmp_path / "train2014" / f"COCO_train2014_{missing}.jpg").unlink()
+    with pytest.raises(UserError):
+        task.read([tmp_path], "train", 8)
+
+
+def test_the_world_asks_four_questions_about_each_scene():
+    source = task.WorldQuestions("test", 32, count=300)
+    assert len(source) == 1200
+    assert source.image(7).tobytes() == source.image(4).tobytes() != source.image(8).tobytes()
+    assert source[9].id == 9 and source[9].answers == [source[9].majority] * 10
+    assert {source[i].kind for i in range(1200)} == {"yes/no", "number", "other"}
