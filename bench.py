@@ -1,6 +1,5 @@
-"""How fast a step of stage vl is, next to the same step as a textbook has it and next to MoMo's;
-what MoMo's encoder saves; what negatives cost between processes; how fast retrieval is. Ratios
-compare sides that alternate in one run on one machine.
+"""How fast a step of stage vl is, next to the same step as a textbook has it and next to MoMo's, and
+how fast retrieval is. Ratios compare sides that alternate in one run on one machine.
 
     python bench.py                                   # base, 224 pixels, on this CPU or GPU
     python bench.py --config tiny --amp off           # two minutes
@@ -252,20 +251,17 @@ def flops(work):
 
 
 def tensor_memory(work, device):
-    """MB that tensors hold besides those from before: at most while it works, and at its end, while
-    what it returns is alive."""
+    """MB that tensors hold at most while it works, besides those from before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        _result = work()
-        held = [torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before]
-    else:
-        with profiler.profile(profile_memory=True) as profile:
-            _result = work()
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        events.sort(key=lambda event: event.start_ns())
-        held = list(itertools.accumulate(event.nbytes() for event in events))
-    return max(held) / 1e6, held[-1] / 1e6
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with profiler.profile(profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events)) / 1e6
 
 
 # ---- The tables: each function measures rows of one ----------------------------------------------
@@ -283,7 +279,7 @@ def bench_step(kinds, name, b, run, repeats):
         median = statistics.median(seconds[kind])
         parameters = sum(p.numel() for p in side.stage.parameters() if p.requires_grad)
         work = flops(sides["ours" if "compiled" in kind else kind].step)  # compiled code hides it
-        memory, _ = tensor_memory(side.step, run.device)  # besides parameters and AdamW's averages
+        memory = tensor_memory(side.step, run.device)  # besides parameters and AdamW's averages
         rows.append({
             "side": kind,
             "pairs/s": b / median,
@@ -295,66 +291,6 @@ def bench_step(kinds, name, b, run, repeats):
             "tensors, MB": memory,
             "days for 204.8 M pairs": PAPER_PAIRS * median / b / 86_400,
         })  # fmt: skip
-    return rows
-
-
-def bench_encoder(name, b, run, repeats):
-    """MoMo's encoder, forward and backward, on all rows and on the visible quarter of images, and
-    of pairs."""
-    torch.manual_seed(0)
-    config = dataclasses.replace(CONFIGS[name], drop_path=0.0, experts="shared")
-    model = VLMo(config).to(run.device)
-    batch = pairs(config, b, run.device, momo.RATIO["pair"])
-    with torch.no_grad():
-        text, image = model.embed_words(batch["text"]), model.embed_patches(batch["image"], 1)
-    x = torch.cat([text, image], dim=1)  # (b, T+1+N, D)
-    everything = F.pad(batch["mask"], (0, image.shape[1]), value=True)
-    visible_words = batch["mask"] & (batch["labels"] == IGNORE)  # (b, T)
-    visible_patches = F.pad(~batch["hidden"], (1, 0), value=True)  # (b, 1+N)
-    visible = torch.cat([visible_words, visible_patches], dim=1)
-    rows = []
-    for modality, first in (("image", text.shape[1]), ("pair", 0)):
-        on_all = partial(encode_rows, model, x[:, first:], everything[:, first:], run)
-        on_visible = partial(encode_rows, model, x[:, first:], visible[:, first:], run)
-        sides = {"all": partial(backward, on_all), "visible": partial(backward, on_visible)}
-        seconds = alternate(sides, repeats, run.device)
-        _, kept = tensor_memory(on_all, run.device)
-        _, kept_visible = tensor_memory(on_visible, run.device)
-        rows.append({
-            "rows of": modality,
-            "active parameters, M": sum(p.numel() for p in momo.active(model)[modality]) / 1e6,
-            "all, s": statistics.median(seconds["all"]),
-            "visible, s": statistics.median(seconds["visible"]),
-            "time, visible / all": median_ratio(seconds["visible"], seconds["all"]),
-            "activations of all, MB": kept,
-            "activations, visible / all": kept_visible / kept,
-        })  # fmt: skip
-    return rows
-
-
-def encode_rows(model, x, visible, run):
-    with run.autocast():
-        return momo.encode_visible(model, x, visible)[0]
-
-
-def backward(forward):
-    forward().sum().backward()
-
-
-def bench_exchange(worlds, b=16):
-    """MB that a process sends for its share of the negatives of b pairs per process: of a wrong
-    image and a wrong text per pair, drawn among all, those that belong to another process
-    (losses.exchange). It receives at most the bound, and sends on average what it receives."""
-    image, text = 3 * 224 * 224 / 1e6, 2 * 40 * 8 / 1e6  # uint8; ids and mask as int64
-    rows = []
-    for W in worlds:
-        pair, sent = torch.arange(W * b), torch.zeros(W)
-        for size in (image, text):
-            drawn = (pair + torch.randint(1, W * b, pair.shape)) % (W * b)  # any other pair
-            sent += size * torch.bincount(drawn[drawn // b != pair // b] // b, minlength=W)
-        row = {"W": W, "mean": sent.mean().item(), "most": sent.max().item()}
-        row |= {"bound": b * (image + text), "gathering all images": (W - 1) * b * image}
-        rows.append(row)
     return rows
 
 
@@ -374,7 +310,7 @@ def bench_retrieval(name, run, repeats):
     row = {"images with 5 captions encoded/s": 16 / statistics.median(seconds["ours"])}
     row["× textbook"] = median_ratio(seconds["textbook"], seconds["ours"])
     row["5,000 × 25,010 ranked, s"] = statistics.median(ranking[""])
-    row["1,000 × 1,000,000 above the features, MB"], _ = tensor_memory(million, run.device)
+    row["1,000 × 1,000,000 above the features, MB"] = tensor_memory(million, run.device)
     return [row]
 
 
@@ -405,8 +341,7 @@ def rank(image, text, relevant):
 
 def jobs(args):
     """What to measure: (title of a table, first columns of its rows, function, its arguments)."""
-    title = "sent by a process for the negatives of 16 pairs, MB"
-    listed = [(title, {}, bench_exchange, [2, 4, 8, 64, 1024])]
+    listed = []
     kinds = ["textbook", "ours", "ours, recomputed"]
     if args.compile:
         kinds.append("ours, compiled")
@@ -422,7 +357,6 @@ def jobs(args):
             listed.append(("a step of stage vl", sized, bench_step, kinds, *rest))
         rest, sized = (name, batches[0], run, args.repeats), labels | {"batch": batches[0]}
         listed.append(("a step of VLMo and of MoMo", sized, bench_step, ["ours", "MoMo"], *rest))
-        listed.append(("MoMo's encoder, forward and backward", sized, bench_encoder, *rest))
     return listed
 
 

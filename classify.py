@@ -17,7 +17,7 @@ from data import Examples, Loader
 from mome import initialise
 from runtime import UserError
 from sources import image_files, read_splits, task_folder, task_records
-from stage import Task, known_choices, task_flags
+from stage import Task, task_flags
 
 
 class Classify(Task):
@@ -34,34 +34,22 @@ class Classify(Task):
         task_flags(parser, base, images="crop", text=False)
 
     def __init__(self, args, config, start, run):
-        super().__init__()
-        self.sources = read_splits(
-            args.splits, lambda split: read(args.data, split, config.image_size)
-        )
-        training = "train" in self.sources
+        super().__init__(args, start)
+        self.sources = read_splits(args.splits, lambda split: read(args.data, split, config.image_size))
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         self.tokenizer = start.tokenizer if start else None  # of an earlier stage with text
 
-        # The classes, in the order of the head
-        trained = start if start and start.stage == args.stage else None  # it has the head
-        self.choices = sorted(labels(self.sources["train"])) if training else None
-        if trained:
-            self.choices = known_choices(trained, self.choices)
-        self.extra = {"choices": self.choices}
+        train = self.sources.get("train")  # None in an evaluation
+        self.set_choices(sorted(labels(train)) if train else None)
         for source in self.sources.values():
             if unknown := labels(source).difference(self.choices):
                 raise UserError(f"class {min(unknown)} is none of those that the model is trained on")
         layer = initialise(nn.Linear(config.dim, len(self.choices)), config)
-        self.head = nn.Sequential(Standardise(config.dim), layer)
-        if trained:
-            checkpoint.load_exactly(self.head, trained.head, trained.path)
-        self.loss_weights = {"loss": 1.0}
-        if training:
-            self.head_factor = args.head_factor
-            train = self.sources["train"]
+        self.set_head(nn.Sequential(Standardise(config.dim), layer))
+        if train:
             self.samples = [Examples(train, None, self.target, config.image_size, args, "crop")]
-            if not trained:
-                self.prepare(args, run)
+        if train and not self.trained:
+            self.prepare(args, run)
 
     def prepare(self, args, run):
         """What a new head needs to know of the training data: nothing."""

@@ -1,5 +1,5 @@
 """What a sample is: views of an image, its masks, pairs; the order of samples, and the loader.
-(Words are in text.py.)
+Words are in texts.py.
 
 A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; and
 `source.image(i)`, an RGB image or a tuple of two. Sources with text also have `source.corpus()`,
@@ -307,7 +307,10 @@ class Loader:
     def __init__(self, samples, args, run, start=0):
         """samples: a list of data sets. start: how many batches to leave out."""
         self.device, self.read, self.unreadable = run.device, 0, 0
-        local = args.batch_size // run.world // args.accumulate
+        local, rest = divmod(args.batch_size, run.world * args.accumulate)
+        if rest:
+            parts = f"{run.world} processes × {args.accumulate} passes (--accumulate)"
+            raise UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
         workers = loader_workers(run.device) if args.workers is None else args.workers
         self.loaders = []
         for data_set in samples:

@@ -1,9 +1,8 @@
 """Fine-tuning on the paper's tasks (Section 3.5, Figure 3; Sections 4.3–4.5, Appendices C and D).
 
-    python finetune.py --task vqa --init runs/vl/last.pt                     # the built-in world
-    python finetune.py --task vqa --help                   # the flags of a task, with their
-    defaults torchrun --nproc_per_node=8 finetune.py --task nlvr2 --init runs/vl/last.pt --data
-    nlvr2 --amp bf16
+    python finetune.py --task vqa --init runs/vl/last.pt         # the built-in world
+    python finetune.py --task vqa --help                         # the flags of a task
+    torchrun --nproc_per_node=8 finetune.py --task nlvr2 --init runs/vl/last.pt --data nlvr2
 
 The flags and the loop are those of train.py.
 """
@@ -101,10 +100,9 @@ def schedule(args, stage):
 def main():
     Task, args, config, start = train.parse(TASKS, "--task", None, __doc__)
     run = runtime.Runtime(args.amp)
-    train.check_batch(args, run)
     stage = Task(args, config, start, run)
     schedule(args, stage)
-    train.begin(stage, args, run, start)
+    train.train(stage, args, run, start)
 
 
 if __name__ == "__main__":

@@ -98,9 +98,8 @@ class Decoder(nn.Module):
         """config: of the encoder; shape: a row of DECODERS; modality: "image", "text" or "pair"."""
         super().__init__()
         layers, E, heads = shape
-        inner = dataclasses.replace(
-            config, dim=E, layers=layers, heads=heads, vl_layers=0, drop_path=0.0
-        )
+        sizes = dict(dim=E, layers=layers, heads=heads, vl_layers=0)
+        inner = dataclasses.replace(config, drop_path=0.0, **sizes)
         self.enter = nn.Linear(config.dim, E)
         self.mask_token = embedding(inner, E)
         self.blocks = nn.ModuleList(Block(inner, layer) for layer in range(layers))
@@ -255,8 +254,9 @@ def momo_flags(parser, base, two=True, images="crop"):
     if two:
         texts = "plain text; shapes: that of the built-in world"
         group.add_argument("--texts", nargs="+", default=["shapes"], metavar="PATH", help=texts)
-        group.add_argument("--no-simultaneous", action="store_true", help="one modality (Table 6)")
         turns = "the modalities take turns, an update for each (Table 6)"
+        group = group.add_mutually_exclusive_group()
+        group.add_argument("--no-simultaneous", action="store_true", help="one modality (Table 6)")
         group.add_argument("--no-cmga", action="store_true", help=turns)
     data.flags(parser, images, text=two)
     config_flags(parser, base, ENCODER)
@@ -264,8 +264,8 @@ def momo_flags(parser, base, two=True, images="crop"):
 
 def check_two(args, unused):
     """UserError for flags that contradict each other. unused: what --no-simultaneous leaves out."""
-    if args.no_simultaneous and (args.no_cmga or unused != ["shapes"]):
-        raise UserError("--no-simultaneous leaves one modality: no second one, and no --no-cmga")
+    if args.no_simultaneous and unused != ["shapes"]:
+        raise UserError(f"--no-simultaneous leaves one modality, without {' '.join(unused)}")
     if not args.no_simultaneous and (args.data == ["shapes"]) != (args.texts == ["shapes"]):
         raise UserError("--data and --texts: name both, or leave both to the built-in world")
 
@@ -276,8 +276,7 @@ class MoMoImage(MoMo, Stage):
     unit = "images"
     recipe = {
         "tiny": dict(batch_size=64, steps=600, warmup=60, lr=1e-3, clip=1.0, save_every=100),
-        # 1600 epochs of ImageNet-1k, 64 samples on each of 64 devices, MAE's 1.5e-4 per 256 of a
-        # batch
+        # 1600 epochs of ImageNet-1k, batch 64 × 64 devices, MAE's rate of 1.5e-4 per 256
         "base": dict(batch_size=4096, steps=500_000, warmup=12_500, lr=2.4e-3),
     }
 
@@ -326,10 +325,9 @@ class MoMoText(MoMo, Stage):
         self.loss_weights = {"mlm": 1.0} if args.no_simultaneous else {"mlm": 1.0, "mim": 1.0}
         self.sources = {} if args.no_simultaneous else sources.read_pictures(args, config.image_size)
         corpus = functools.partial(texts.corpus, args.texts)
-        self.tokenizer = texts.vocabulary(args, config, start, run, corpus).tokenizer
-        config = dataclasses.replace(config, vocab_size=self.tokenizer.get_vocab_size())
-        words = HiddenWords(self.tokenizer, config.max_text_len, RATIO["text"])
-        self.texts = texts.packed(args.texts, words, args.seed, run)
+        words, config = texts.vocabulary(args, config, start, run, corpus)
+        self.tokenizer = words.tokenizer
+        self.texts = hidden_texts(args, words, run)
         self.set_up(args, config, start, modalities)
         self.samples = [self.texts["train"]]
         if self.sources:
@@ -386,23 +384,19 @@ class MoMoVL(MoMo, VL):
         self.loss_weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.aligned = self.loss_weights.keys() & {"itc", "itm"}
         self.sources = sources.read_pairs(args, config.image_size)
-
-        def corpus():
-            more = [] if args.no_simultaneous else texts.corpus(args.texts)
-            return self.sources["train"].corpus() + more
-
-        self.words = texts.vocabulary(args, config, start, run, corpus)
+        self.documents = [] if args.no_simultaneous else args.texts
+        self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer
-        config = dataclasses.replace(config, vocab_size=self.words.size)
-        self.texts = {}
-        if not args.no_simultaneous:
-            words = HiddenWords(self.tokenizer, config.max_text_len, RATIO["text"])
-            self.texts = texts.packed(args.texts, words, args.seed, run)
         self.set_up(args, config, start, modalities)
         words = HiddenWords(self.tokenizer, config.max_text_len, RATIO["pair"])
-        hide_some = hiding("pair", config)
-        train = data.Pairs(self.sources["train"], words, config.image_size, args, hide_some)
-        self.samples = [train] + ([self.texts["train"]] if self.texts else [])
+        train = self.sources["train"]
+        self.samples = [data.Pairs(train, words, config.image_size, args, hiding("pair", config))]
+        self.texts = {} if args.no_simultaneous else hidden_texts(args, words, run)
+        if self.texts:
+            self.samples.append(self.texts["train"])
+
+    def corpus(self):
+        return super().corpus() + (texts.corpus(self.documents) if self.documents else [])
 
     def forward(self, pairs, texts=None):
         """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T)."""
@@ -424,6 +418,12 @@ def hiding(modality, config):
     """(rng) → which patches are hidden."""
     patches = (config.image_size // config.patch_size) ** 2
     return functools.partial(hide_patches, RATIO[modality], patches)
+
+
+def hidden_texts(args, words, run):
+    """{split: packed texts} of --texts."""
+    hidden = HiddenWords(words.tokenizer, words.length, RATIO["text"])
+    return texts.packed(args.texts, hidden, args.seed, run)
 
 
 def image_samples(pictures, args, config):

@@ -4,7 +4,6 @@ A sample is a statement with two images. Shape letters: b local batch, T text to
 """
 
 import collections
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +27,7 @@ class NLVR2(Task):
 
     unit = "statements"
     recipe = {  # paper; drop-path: released code
-        "tiny": dict(
-            epochs=0.16, batch_size=64, lr=2.5e-4, clip=1.0, save_every=100, fresh_pooler=True
-        ),
+        "tiny": dict(epochs=0.16, batch_size=64, lr=2.5e-4, clip=1.0, save_every=100, fresh_pooler=True),
         "base": dict(epochs=10, batch_size=128, lr=5e-5, image_size=384, drop_path=0.1),
     }
     recipe["large"] = recipe["base"] | dict(lr=3e-5)
@@ -44,30 +41,18 @@ class NLVR2(Task):
         parser.add_argument("--predictions", metavar="FILE", help="CSV for NLVR2's metrics.py")
 
     def __init__(self, args, config, start, run):
-        super().__init__()
-        self.sources = read_splits(
-            args.splits, lambda split: read(args.data, split, config.image_size)
-        )
-        training = "train" in self.sources
-        self.words = texts.vocabulary(
-            args, config, start, run, lambda: self.sources["train"].corpus()
-        )
+        super().__init__(args, start)
+        self.sources = read_splits(args.splits, lambda split: read(args.data, split, config.image_size))
+        self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer
-        config = dataclasses.replace(config, vocab_size=self.words.size)
-        trained = start if start and start.stage == "nlvr2" else None  # it has the head
-        fresh = ["pooler"] if not trained and args.fresh_pooler else []
+        fresh = ["pooler"] if not self.trained and args.fresh_pooler else []
         self.model, self.origin = checkpoint.begin(config, start, args.seed, fresh)
-        self.head = classifier(config, 2 * config.dim, 2)
-        if trained:
-            checkpoint.load_exactly(self.head, trained.head, trained.path)
-        else:  # the type of the second image starts from that of the first, as released
+        if not self.trained:  # the second image's type starts from the first's, as released
             self.model.types.data[2] = self.model.types.data[1]
-        self.loss_weights = {"loss": 1.0}
-        if training:
-            self.head_factor = args.head_factor
-            self.samples = [
-                Examples(self.sources["train"], self.words, self.target, config.image_size, args)
-            ]
+        self.set_head(classifier(config, 2 * config.dim, 2))
+        if "train" in self.sources:
+            train = self.sources["train"]
+            self.samples = [Examples(train, self.words, self.target, config.image_size, args)]
 
     def target(self, statement):
         return torch.tensor(int(statement.label))

@@ -110,10 +110,6 @@ class Runtime:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
-    def scaler(self):
-        """Gradient scaler; a no-op unless amp is fp16."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-
     def wrap(self, stage):
         """The stage in DDP if there are other processes, else the stage itself."""
         if self.world == 1:
@@ -132,13 +128,6 @@ class Runtime:
         if self.world > 1:
             dist.broadcast_object_list(answers, device=self.device)
         return answers[0]
-
-    def once_a_node(self, work):
-        """Calls work() on one process per node. All processes wait before it and after it."""
-        self.meet()
-        if self.local_rank == 0:
-            work()
-        self.meet()
 
     def meet(self):
         """Waits for all processes."""

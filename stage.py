@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import checkpoint
 import data
 import losses
 import runtime
@@ -64,6 +65,10 @@ class Stage(nn.Module):
     def note(self, args, run):
         """What a run says of this stage when it starts."""
         return ""
+
+    def corpus(self):
+        """Texts to train a vocabulary on."""
+        return self.sources["train"].corpus()
 
     def epoch(self):
         """How many samples an epoch has."""
@@ -122,6 +127,25 @@ class Task(Stage):
 
     best = "accuracy"
     words = None  # of tasks with texts
+
+    def __init__(self, args, start):
+        super().__init__()
+        self.loss_weights, self.head_factor = {"loss": 1.0}, args.head_factor
+        self.trained = start if start and start.stage == args.stage else None  # it has the head
+
+    def set_choices(self, found):
+        """Sets what the head chooses from: the choices of a checkpoint of this task, in the order
+        of its head, else those found in the training data (None: in an evaluation)."""
+        self.choices = found
+        if self.trained:
+            self.choices = known_choices(self.trained, found)
+        self.extra = {"choices": self.choices}
+
+    def set_head(self, head):
+        """Sets the head, with the weights of a checkpoint of this task."""
+        self.head = head
+        if self.trained:
+            checkpoint.load_exactly(head, self.trained.head, self.trained.path)
 
     @staticmethod
     def evaluation_flags(parser):

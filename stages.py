@@ -4,7 +4,7 @@ Shape letters: b local batch, W processes, B = W·b global batch, T text tokens,
 codes, M masked tokens.
 """
 
-import dataclasses
+import functools
 import math
 import random
 
@@ -153,9 +153,9 @@ class Text(Stage):
         if config.experts == "shared":
             raise UserError("stage text trains language experts; --experts shared has none")
         self.loss_weights = {"mlm": 1.0}
-        self.words = texts.vocabulary(args, config, start, run, lambda: texts.corpus(args.data))
+        corpus = functools.partial(texts.corpus, args.data)
+        self.words, config = texts.vocabulary(args, config, start, run, corpus)
         self.tokenizer = self.words.tokenizer
-        config = dataclasses.replace(config, vocab_size=self.words.size)
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         self.model.requires_grad_(False)
         for module in language_part(self.model):
@@ -221,9 +221,8 @@ class VL(Stage):
             raise UserError("--itc-weight, --itm-weight and --mlm-weight must not all be 0")
         self.negatives = args.negatives
         self.sources = sources.read_pairs(args, config.image_size)
-        self.words = texts.vocabulary(args, config, start, run, lambda: self.sources["train"].corpus())
+        self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer
-        config = dataclasses.replace(config, vocab_size=self.words.size)
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         if "train" in self.sources:
             self.samples = [data.Pairs(self.sources["train"], self.words, config.image_size, args)]

@@ -5,6 +5,7 @@ Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP].
 """
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import random
@@ -94,8 +95,8 @@ def check_tokenizer(tokenizer, path):
 
 def vocabulary(args, config, start, run, corpus):
     """The checkpoint's tokenizer, else --vocab, else a new one of at most config.vocab_size
-    entries, trained on corpus(), a list of texts → Words. UserError if --vocab is not the
-    checkpoint's."""
+    entries, trained on corpus(), a list of texts → Words, and the Config with their number.
+    UserError if --vocab is not the checkpoint's."""
     given = load_tokenizer(args.vocab) if args.vocab else None
     known = start.tokenizer if start else None
     embedded = start.words_embedded if start else 0
@@ -112,7 +113,8 @@ def vocabulary(args, config, start, run, corpus):
     if not tokenizer:
         text = run.from_main(lambda: train_tokenizer(corpus(), config.vocab_size).to_str())
         tokenizer = tokenizer_from_json(text, "the new tokenizer")
-    return Words(tokenizer, config.max_text_len)
+    words = Words(tokenizer, config.max_text_len)
+    return words, dataclasses.replace(config, vocab_size=words.size)
 
 
 class Words:
@@ -288,7 +290,10 @@ def packed(paths, words, seed, run):
         raise UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
     folder = Path(tempfile.gettempdir(), run.from_main(lambda: f"vlmo-{uuid.uuid4().hex}"))
     try:
-        run.once_a_node(lambda: (folder.mkdir(), pack(read_documents(paths), words, folder)))
+        if run.local_rank == 0:
+            folder.mkdir()
+            pack(read_documents(paths), words, folder)
+        run.meet()
         texts = {split: Texts(folder / split, words, seed) for split in SPLITS}
         run.meet()
     finally:

@@ -1,17 +1,20 @@
-"""Pre-training: the flags and the loop of every stage (stages.py) and task.
+"""Pre-training: the flags and the loop of every stage (stages.py, momo.py) and task (finetune.py).
 
-    python train.py                                  # stage vl: tiny model, built-in world, any
-    machine python train.py --stage dvae                     # what stage image needs python
-    train.py --stage image                    # the three stages, each from the one before python
-    train.py --stage text --init runs/image/last.pt python train.py --stage vl --init
-    runs/text/last.pt python train.py --stage text --help              # the flags of a stage, with
-    their defaults torchrun --nproc_per_node=8 train.py --stage vl --config base --data coco vg
-    --amp bf16
+    python train.py                             # stage vl: tiny model, built-in world, any machine
+
+    python train.py --stage dvae                # what stage image needs
+    python train.py --stage image               # the three stages, each from the one before
+    python train.py --stage text --init runs/image/last.pt
+    python train.py --stage vl --init runs/text/last.pt
+
+    python train.py --stage text --help         # the flags of a stage, with their defaults
+    torchrun --nproc_per_node=8 train.py --config base --data coco vg --amp bf16 --compile
 """
 
 import dataclasses
 import math
 
+import torch
 from torch import nn
 
 import checkpoint
@@ -117,32 +120,18 @@ def run_flags(parser, tuned):
     group.add_argument("--recompute", action="store_true", help="less memory, more time")
 
 
-def check_batch(args, run):
-    """UserError if a step cannot be split equally."""
-    if args.batch_size % (run.world * args.accumulate):
-        parts = f"{run.world} processes × {args.accumulate} passes (--accumulate)"
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
-
-
-def begin(stage, args, run, start):
-    """Says what comes from a checkpoint, and trains."""
-    if args.eval_every and "val" not in stage.measured():
-        raise UserError("--eval-every needs a val split, and something that can be measured on it")
-    if start and not start.resumed:
-        run.print(f"{start.path} (stage {start.stage}, step {start.step}):")
-        run.print(checkpoint.report(checkpoint.with_sizes(stage.origin, stage.model)))
-    train(stage, args, run, start)
-
-
 # ---- The loop ------------------------------------------------------------------------------------
 
 
-def summary(stage, args, run):
-    """What a run says when it starts."""
+def summary(stage, args, run, start):
+    """What a run says when it begins: what came from a checkpoint, and what it trains."""
+    if start and not start.resumed:
+        run.print(f"{start.path} (stage {start.stage}, step {start.step}):")
+        run.print(checkpoint.report(checkpoint.with_sizes(stage.origin, stage.model)))
     count = sum(p.numel() for p in stage.parameters() if p.requires_grad)
     told = f"{args.batch_size} {stage.unit} a step{stage.note(args, run)}"
     splits = " and ".join(stage.measured()) or "nothing"
-    return (
+    run.print(
         f"stage {args.stage}, {args.config}: {count / 1e6:.1f} M trainable parameters, "
         f"{len(stage.samples[0])} {stage.unit}, {run.world} × {run.device}, {told}, "
         f"measured on {splits}\n  learns: {', '.join(checkpoint.trainable(stage.model))}"
@@ -161,16 +150,20 @@ def freeze_unread(stage, batches, run):
 
 def train(stage, args, run, start=None):
     """The loop of every stage and every task."""
-    # The first batch tells what is trained
-    stage.to(run.device).train()
+    if args.eval_every and "val" not in stage.measured():
+        raise UserError("--eval-every needs a val split, and something that can be measured on it")
     resumed = bool(start and start.resumed)
     done, record = (start.step, start.record) if resumed else (0, -math.inf)
+
+    # The first batch tells what is trained
+    stage.to(run.device).train()
     loader = data.Loader(stage.samples, args, run, done * args.accumulate)
     batches = next(loader)
     freeze_unread(stage, batches, run)
 
     # Optimizer, and where a resumed run left it
-    optimizer, scaler = runtime.adamw(stage), run.scaler()
+    optimizer = runtime.adamw(stage)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=args.amp == "fp16")
     if resumed:
         start.restore(stage, args, run, optimizer, scaler)
     if start:
@@ -181,7 +174,7 @@ def train(stage, args, run, start=None):
 
     # The folder of the run
     out = checkpoint.prepare(stage, args, run, resumed)
-    run.print(summary(stage, args, run))
+    summary(stage, args, run, start)
     log = runtime.Log(out, args, run, stage, loader, done, record)
 
     for step in range(done + 1, args.steps + 1):
@@ -233,9 +226,7 @@ def train(stage, args, run, start=None):
 def main():
     Stage, args, config, start = parse(STAGES, "--stage", "vl", __doc__)
     run = runtime.Runtime(args.amp)
-    check_batch(args, run)
-    stage = Stage(args, config, start, run)
-    begin(stage, args, run, start)
+    train(Stage(args, config, start, run), args, run, start)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Shape letters: b local batch, T text tokens, A answers, D dim.
 """
 
 import collections
-import dataclasses
 import functools
 import json
 import re
@@ -21,7 +20,7 @@ from data import Absent, Examples, split_by_hash
 from mome import classifier
 from runtime import UserError
 from sources import malformed, official_records, read_splits, task_folder, task_records
-from stage import Task, known_choices, task_flags
+from stage import Task, task_flags
 from texts import cut
 
 
@@ -31,9 +30,7 @@ class VQA(Task):
     unit = "questions"
     recipe = {  # paper; drop-path and the head's factor: released code
         "tiny": dict(epochs=0.32, batch_size=64, lr=5e-4, clip=1.0, save_every=100, fresh_pooler=True),
-        "base": dict(
-            epochs=10, batch_size=128, lr=3e-5, image_size=480, drop_path=0.15, head_factor=20.0
-        ),
+        "base": dict(epochs=10, batch_size=128, lr=3e-5, head_factor=20.0, image_size=480, drop_path=0.15),
     }
     recipe["large"] = recipe["base"] | dict(lr=1.5e-5)
 
@@ -49,33 +46,19 @@ class VQA(Task):
         parser.add_argument("--predictions", metavar="FILE", help="JSON for the evaluation server")
 
     def __init__(self, args, config, start, run):
-        super().__init__()
+        super().__init__(args, start)
         self.sources = read_sources(args, config.image_size)
-        training = "train" in self.sources
-        self.words = texts.vocabulary(
-            args, config, start, run, lambda: self.sources["train"].corpus()
-        )
+        self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer
-        config = dataclasses.replace(config, vocab_size=self.words.size)
-        trained = start if start and start.stage == "vqa" else None  # it has the head
-        fresh = ["pooler"] if not trained and args.fresh_pooler else []
+        fresh = ["pooler"] if not self.trained and args.fresh_pooler else []
         self.model, self.origin = checkpoint.begin(config, start, args.seed, fresh)
 
-        # The answers, in the order of the head
-        self.choices = answers_to_learn(args, self.sources) if training else None
-        if trained:
-            self.choices = known_choices(trained, self.choices)
+        train = self.sources.get("train")  # None in an evaluation
+        self.set_choices(answers_to_learn(args, self.sources) if train else None)
         self.numbers = {answer: k for k, answer in enumerate(self.choices)}
-        self.extra = {"choices": self.choices}
-        self.head = classifier(config, config.dim, len(self.choices))
-        if trained:
-            checkpoint.load_exactly(self.head, trained.head, trained.path)
-        self.loss_weights = {"loss": 1.0}
-        if training:
-            self.head_factor = args.head_factor
-            self.samples = [
-                Examples(self.sources["train"], self.words, self.target, config.image_size, args)
-            ]
+        self.set_head(classifier(config, config.dim, len(self.choices)))
+        if train:
+            self.samples = [Examples(train, self.words, self.target, config.image_size, args)]
 
     def target(self, question):
         return soft_scores(question.answers, self.numbers)
@@ -145,9 +128,8 @@ def read_sources(args, image_size):
     if "train" not in args.splits or args.data == ["shapes"]:
         return read_splits(args.splits, lambda split: read(args.data, split, image_size))
     names = {"train": "trainval", "val": "minival"} if args.trainval else {}
-    found = read_splits(
-        ["train", "val"], lambda split: read(args.data, names.get(split, split), image_size)
-    )
+    splits = ["train", "val"]
+    found = read_splits(splits, lambda split: read(args.data, names.get(split, split), image_size))
     for split, source in found.items():
         if not all(source[i].answers for i in (0, len(source) - 1)):  # trainval joins two files
             raise UserError(f"--data {args.data[0]} has no annotations for split {split}")
