@@ -233,7 +233,7 @@ def fit(model, tensors, config, path):
         elif group(name) in present or group(name) not in OPTIONAL:
             raise UserError(f"{path} lacks {name}")
         elif vision in tensors:
-            state[name] = tensors[vision].clone()
+            state[name] = tensor if tensor.is_meta else tensors[vision].clone()
             how[group(name)] = "copied"
         else:
             state[name] = tensor

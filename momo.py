@@ -30,7 +30,6 @@ from stages import VL
 from texts import IGNORE, Words, cut
 
 RATIO = {"image": 0.75, "text": 0.15, "pair": 0.75}  # hidden: of patches, tokens, both (Section 3.2)
-
 # Layers, E and heads of the decoders
 DECODERS = {"tiny": (2, 64, 2), "base": (8, 512, 16), "base_plus": (8, 512, 16), "large": (8, 512, 16)}
 
@@ -87,12 +86,9 @@ def encode_visible(model, x, visible):
 
 
 class Decoder(nn.Module):
-    """Visible rows of the encoder, and a mask token wherever something is hidden → what stood
-    there.
-
-    Words are projected back to the encoder's width, because the token embeddings are the weights of
-    the language modeling head, too.
-    """
+    """Visible rows, and a mask token wherever something is hidden → what stood there. Words are
+    projected back to the encoder's width, because its token embeddings are the weights of the
+    language modeling head, too."""
 
     def __init__(self, config, shape, modality):
         """config: of the encoder; shape: a row of DECODERS; modality: "image", "text" or "pair"."""
@@ -185,15 +181,6 @@ def mlm_loss(logits, labels):
     return losses.masked_token_loss(logits, labels[labels != IGNORE])
 
 
-def active(model):
-    """{modality: the parameters that its input passes on its way to [CLS]}: the counts of Table
-    1."""
-    shared = [model.types, *model.blocks.parameters(), *model.norm.parameters()]
-    text = [model.text_position, *model.words.parameters(), *model.text_norm.parameters()]
-    image = [model.image_position, model.image_cls, *model.patches.parameters()]
-    return {"text": text + shared, "image": image + shared, "pair": text + image + shared}
-
-
 # ---- The stages (Sections 3.2, 3.5, 3.6) ---------------------------------------------------------
 
 
@@ -208,7 +195,12 @@ class MoMo:
         return dataclasses.replace(base, experts="shared", drop_path=0.0)  # MAE has no drop-path here
 
     def set_up(self, args, config, start, modalities):
-        """The encoder, and a new decoder per modality, unless a run of this stage is resumed."""
+        """Builds the encoder, and a new decoder per modality, unless a run of this stage is resumed.
+        UserError if a checkpoint's encoder is not MoMo's."""
+        if (config.experts, config.attention, config.position) != ("shared", "shared", "absolute"):
+            needs = "--experts shared, --attention shared, --position absolute"
+            raise UserError(f"MoMo starts from its own checkpoints only ({needs})")
+        self.normalised = args.normalise_pixels
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         shape = DECODERS[args.config]
         self.head = nn.ModuleDict({name: Decoder(config, shape, name) for name in modalities})
@@ -233,15 +225,6 @@ class MoMo:
         """→ logits (M, V) of the hidden tokens of a text."""
         inputs = {name: batch[name] for name in ("masked", "labels", "mask")}
         return reconstruct(self.model, self.head["text"], inputs)[1]
-
-
-def check_encoder(config):
-    """UserError if the encoder of this Config is not MoMo's."""
-    if (config.experts, config.attention, config.position) != ("shared", "shared", "absolute"):
-        needs = "--experts shared, --attention shared, --position absolute"
-        raise UserError(f"MoMo is one Transformer for all rows: start from its own checkpoint ({needs})")
-    if config.image_size // config.patch_size < 2:
-        raise UserError("MoMo reconstructs hidden patches from others, and one patch has no other")
 
 
 ENCODER = [name for name in FIELDS if name not in ("experts", "attention", "position", "text_reach")]
@@ -286,8 +269,7 @@ class MoMoImage(MoMo, Stage):
 
     def __init__(self, args, config, start, run):
         super().__init__()
-        check_encoder(config)
-        self.normalised, self.loss_weights = args.normalise_pixels, {"mim": 1.0}
+        self.loss_weights = {"mim": 1.0}
         self.sources = sources.read_pictures(args, config.image_size)
         self.tokenizer = start.tokenizer if start else None
         self.set_up(args, config, start, ["image"])
@@ -302,8 +284,7 @@ class MoMoImage(MoMo, Stage):
 
 
 class MoMoText(MoMo, Stage):
-    """Stage 2: hidden tokens of texts (Eq. 2) and hidden patches of images (Eq. 1) in every
-    step."""
+    """Stage 2: hidden tokens of texts (Eq. 2) and patches of images (Eq. 1) in every step."""
 
     unit = "texts"
     recipe = {
@@ -318,24 +299,19 @@ class MoMoText(MoMo, Stage):
 
     def __init__(self, args, config, start, run):
         super().__init__()
-        check_encoder(config)
         check_two(args, unused=args.data)
         modalities = ["text"] if args.no_simultaneous else ["text", "image"]
-        self.normalised = args.normalise_pixels
         self.loss_weights = {"mlm": 1.0} if args.no_simultaneous else {"mlm": 1.0, "mim": 1.0}
-        self.sources = {} if args.no_simultaneous else sources.read_pictures(args, config.image_size)
+        self.pictures = {} if args.no_simultaneous else sources.read_pictures(args, config.image_size)
         corpus = functools.partial(texts.corpus, args.texts)
         words, config = texts.vocabulary(args, config, start, run, corpus)
         self.tokenizer = words.tokenizer
         self.texts = hidden_texts(args, words, run)
         self.set_up(args, config, start, modalities)
+        self.sources = self.pictures or self.texts
         self.samples = [self.texts["train"]]
-        if self.sources:
-            self.samples.append(image_samples(self.sources, args, config))
-
-    def measured(self):
-        sets = self.sources or self.texts
-        return [split for split in ("val", "test") if split in sets and len(sets[split])]
+        if self.pictures:
+            self.samples.append(image_samples(self.pictures, args, config))
 
     def forward(self, texts, images=None):
         """texts: masked, labels (b, T), mask (b, T) bool; images: image, hidden. Two data sets, two
@@ -348,9 +324,7 @@ class MoMoText(MoMo, Stage):
         return out
 
     def measure(self, split, device):
-        results = {}
-        if self.sources:
-            results = masked_pixels(self, self.sources[split], device)
+        results = masked_pixels(self, self.pictures[split], device) if self.pictures else {}
         return results | measure_texts(self, split, device)
 
 
@@ -358,7 +332,6 @@ class MoMoVL(MoMo, VL):
     """Stage 3: contrast, matching (VLMo's, on whole pairs) and cross-modal masking (Eq. 3) on
     pairs, and hidden tokens of texts (Eq. 2) in every step."""
 
-    unit = "pairs"
     recipe = {
         "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100),
         "base": dict(batch_size=4096, steps=161_000, warmup=16_100, lr=1e-4),
@@ -374,10 +347,9 @@ class MoMoVL(MoMo, VL):
 
     def __init__(self, args, config, start, run):
         Stage.__init__(self)
-        check_encoder(config)
         check_two(args, unused=args.texts)
         modalities = ["pair"] if args.no_simultaneous else ["pair", "text"]
-        self.normalised, self.negatives = args.normalise_pixels, args.negatives
+        self.negatives = args.negatives
         weights = {"cmm mim": 1.0, "cmm mlm": 1.0, "itc": args.itc_weight, "itm": args.itm_weight}
         if not args.no_simultaneous:
             weights["mlm"] = 1.0
@@ -432,7 +404,7 @@ def image_samples(pictures, args, config):
 
 def measure_texts(stage, split, device):
     """Hidden words of the texts of a split, if there are any."""
-    if not stage.texts or not len(stage.texts[split]):
+    if split not in stage.texts:
         return {}
     stage.eval()
     return masked_words(stage.predict, stage.texts[split], stage.texts["train"], device)

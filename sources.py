@@ -235,7 +235,7 @@ def malformed(where):
     record."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, AssertionError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"{where} is not as published ({type(error).__name__}: {error})") from None
 
 

@@ -160,9 +160,8 @@ class Text(Stage):
         self.model.requires_grad_(False)
         for module in language_part(self.model):
             module.requires_grad_(True)
-        self.texts = texts.packed(args.data, self.words, args.seed, run)
-        self.sources = {split: packed for split, packed in self.texts.items() if len(packed)}
-        self.samples = [self.texts["train"]]
+        self.sources = texts.packed(args.data, self.words, args.seed, run)
+        self.samples = [self.sources["train"]]
 
     def forward(self, batch):
         """batch: masked, labels (b, T) int64, mask (b, T) bool."""
@@ -176,7 +175,7 @@ class Text(Stage):
 
     def measure(self, split, device):
         self.eval()
-        return masked_words(self.predict, self.texts[split], self.texts["train"], device)
+        return masked_words(self.predict, self.sources[split], self.sources["train"], device)
 
 
 def language_part(model):

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 import shapes
 from data import SPLITS, split_by_hash
 from runtime import UserError
-from sources import IMAGES, files_below
+from sources import files_below
 
 IGNORE = -100  # a label that is not predicted
 
@@ -106,9 +106,6 @@ def vocabulary(args, config, start, run, corpus):
         raise UserError(f"--vocab-size: {start.path} keeps its vocabulary of {known.get_vocab_size()}")
     if embedded and not known and not given:
         raise UserError(f"{start.path} was imported without its vocabulary: name it with --vocab")
-    if embedded and given and given.get_vocab_size() != embedded:
-        sizes = f"has {given.get_vocab_size()} entries, and {start.path} embeds {embedded}"
-        raise UserError(f"--vocab {args.vocab} {sizes}: it is another vocabulary")
     tokenizer = known or given
     if not tokenizer:
         text = run.from_main(lambda: train_tokenizer(corpus(), config.vocab_size).to_str())
@@ -188,9 +185,9 @@ class Texts(Dataset):
     sentences)."""
 
     def __init__(self, path, words, seed):
-        """path: a file of token ids, as sources.pack writes it."""
+        """path: a file of token ids, as pack() writes it."""
         self.words, self.seed = words, seed
-        self.tokens = np.memmap(path, token_type(words), mode="r") if os.path.getsize(path) else np.zeros(0, np.uint16)
+        self.tokens = np.memmap(path, token_type(words), mode="r")
 
     def __len__(self):
         return -(-len(self.tokens) // (self.words.length - 2))
@@ -213,11 +210,9 @@ def text_files(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        if path.is_file() and path.suffix.lower() in (*IMAGES, ".json", ".jsonl"):
-            raise UserError(f"{path}: plain text is needed here")
         files = files_below(path, (".txt",)) if path.is_dir() else [str(path)]
         if not files:
-            raise UserError(f"{path}: plain text is needed here, and there is no *.txt below")
+            raise UserError(f"{path}: plain text is needed, and there is no *.txt below")
         found += files
     return found
 
@@ -284,8 +279,8 @@ def pack(texts, words, folder):
 
 
 def packed(paths, words, seed, run):
-    """{split: Texts}. The tokens are in files in the node's temporary folder, unlinked once all
-    processes have them open."""
+    """{split: Texts}, of the splits that have any. The tokens are in files in the node's temporary
+    folder, unlinked once all processes have them open."""
     if words.length < 3:
         raise UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
     folder = Path(tempfile.gettempdir(), run.from_main(lambda: f"vlmo-{uuid.uuid4().hex}"))
@@ -294,11 +289,12 @@ def packed(paths, words, seed, run):
             folder.mkdir()
             pack(read_documents(paths), words, folder)
         run.meet()
-        texts = {split: Texts(folder / split, words, seed) for split in SPLITS}
+        filled = [split for split in SPLITS if (folder / split).stat().st_size]
+        texts = {split: Texts(folder / split, words, seed) for split in filled}
         run.meet()
     finally:
         if run.local_rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-    if not len(texts["train"]):
+    if "train" not in texts:
         raise UserError(f"{' '.join(paths)}: no text to train on")
     return texts

@@ -157,7 +157,7 @@ def from_beit(state_dict, heads=None, image_size=None):
 
 
 def build(released, path, image_size=None, device="cpu"):
-    """→ VLMo, report. On device "meta" what starts fresh takes no memory, and has no values."""
+    """→ VLMo, report. On device "meta" what the file lacks takes no memory, and has no values."""
     size = released.config.image_size if image_size is None else image_size
     try:
         config = dataclasses.replace(released.config, image_size=size)
