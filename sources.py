@@ -84,7 +84,8 @@ def pictures(paths, split, image_size, captions=False):
         check_folder(folder)
         file = captions_file(folder, split)
         if file:
-            records.append(read_captions(file, split))
+            read = read_manifest if file.suffix == ".jsonl" else read_karpathy
+            records.append(read(file, split))
             by_text = by_text and file.suffix == ".jsonl"
         elif not captions and not any(captions_file(folder, name) for name in SPLITS):
             records.append((Picture(path, [], path) for path in image_files(folder, split)))
@@ -115,8 +116,6 @@ def task_records(kind, records, split):
 
 
 def check_folder(folder):
-    if Path(folder).is_file():
-        raise UserError(f"--data {folder} is a file, where a folder is needed")
     if not Path(folder).is_dir():
         raise UserError(f"--data {folder}: no such folder")
 
@@ -152,12 +151,7 @@ def captions_file(folder, split):
     return next((path for path in paths if path.exists()), None)
 
 
-def read_captions(path, split):
-    """Pictures of a manifest, or of Karpathy's JSON."""
-    return read_manifest(path) if path.suffix == ".jsonl" else read_karpathy(path, split)
-
-
-def read_manifest(path):
+def read_manifest(path, split):
     """{"image": path below the manifest's folder, "captions": [str, …], "item": optional}, one per
     line."""
     for where, entry in json_lines(path):
