@@ -55,8 +55,8 @@ class Textbook(Stage):
             i2t, t2i = losses.similarities(*vectors, self.model.scale())
             out["itc"] = losses.itc_loss(i2t, t2i, same)
         if "mlm" in self.loss_weights:
-            hidden = self.encode_pair(batch["masked"], mask, image)[:, : text.shape[1]]  # (b, T, D)
-            logits, at = self.model.mlm_head(hidden), labels != IGNORE  # (b, T, V), (b, T)
+            states = self.encode_pair(batch["masked"], mask, image)[:, : text.shape[1]]  # (b, T, D)
+            logits, at = self.model.mlm_head(states), labels != IGNORE  # (b, T, V), (b, T)
             out["mlm"] = losses.masked_token_loss(logits[at], labels[at])
         if "itm" in self.loss_weights:
             candidate = losses.candidates(same, self.negatives)
@@ -75,12 +75,12 @@ class Textbook(Stage):
         return out
 
     def embed_image(self, image):
-        hidden = self.encode(self.model.embed_patches(image, 1), "image", 0)
-        return unit(self.model.itc_image(hidden[:, 0]))
+        states = self.encode(self.model.embed_patches(image, 1), "image", 0)
+        return unit(self.model.itc_image(states[:, 0]))
 
     def embed_text(self, text, mask):
-        hidden = self.encode(self.model.embed_words(text), "text", text.shape[1], mask)
-        return unit(self.model.itc_text(hidden[:, 0]))
+        states = self.encode(self.model.embed_words(text), "text", text.shape[1], mask)
+        return unit(self.model.itc_text(states[:, 0]))
 
     def itm_logits(self, text, mask, image):
         return self.model.itm_head(self.model.pool(self.encode_pair(text, mask, image)))

@@ -6,7 +6,7 @@ A *source* has `len(source)`; `source[i]`, a record of what is known of sample i
 texts to train a vocabulary on. Every random choice about a sample is a function of (seed, epoch,
 index), so the order of workers does not matter.
 
-Shape letters: B batch, b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of
+Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of
 an image in pixels.
 """
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import losses
 from runtime import UserError, at_least, loader_workers
+
 
 class Picture(NamedTuple):
     """A record of a picture and its captions, or none. Pictures of one item are no negatives of

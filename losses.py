@@ -4,10 +4,10 @@ need of the other processes.
 Shape letters: b local batch, W processes, B = W·b global batch, D dim, V vocabulary, M masked
 tokens.
 
-Every loss is one process's part of a mean over all processes, times W: under DDP, which averages
-gradients, the gradient equals that of one process on the whole batch, and the processes' average is
-the value of the loss. Without a process group W is 1 and nothing is sent. Collective calls: all
-processes must make them in the same order.
+Each process returns W times its share of a mean over the global batch. DDP averages gradients over
+W processes, so the gradient is that of one process on the whole batch, and the average of the
+returned values is the value of the loss. Without a process group W is 1 and nothing is sent.
+Collective calls: all processes must make them in the same order.
 """
 
 import math
@@ -73,9 +73,10 @@ def exchange(x, drawn):
     mine = owner == me  # (W, b): what I send, grouped by the process that asked
     send = x[asked[mine] - me * b]
     received = x.new_empty(x.shape)  # grouped by owner
-    counts = torch.stack([owner[me].eq(torch.arange(len(owner), device=x.device)[:, None]).sum(1), mine.sum(1)])
-    received_counts, send_counts = counts.tolist()
-    dist.all_to_all_single(received, send, received_counts, send_counts)
+    to_receive = torch.bincount(owner[me], minlength=len(owner))  # (W,) rows from each process
+    to_send = mine.sum(1)  # (W,) rows to each process
+    to_receive, to_send = torch.stack([to_receive, to_send]).tolist()
+    dist.all_to_all_single(received, send, to_receive, to_send)
     rows = torch.empty_like(received)
     rows[owner[me].argsort(stable=True)] = received
     return rows

@@ -66,8 +66,8 @@ class NLVR2(Task):
         T, pooled = cut(batch["mask"]), []
         text, mask = batch["text"][:, :T], batch["mask"][:, :T]
         for image_type, image in enumerate(batch["image"].unbind(1), start=1):
-            hidden = self.model.encode_pair(text, mask, image, image_type, rows=1)  # (b, 1, D)
-            pooled.append(self.model.pool(hidden))  # (b, D)
+            states = self.model.encode_pair(text, mask, image, image_type, rows=1)  # (b, 1, D)
+            pooled.append(self.model.pool(states))  # (b, D)
         return self.head(torch.cat(pooled, dim=1))
 
     def results(self, predicted, source):

@@ -172,7 +172,7 @@ class Reranker:
         for i, n in zip(image.split(self.batch), caption.split(self.batch)):
             T = cut(self.mask[n])
             text, mask = self.ids[n, :T].to(self.device), self.mask[n, :T].to(self.device)
-            hidden = self.model.encode_pair(text, mask, self.images[i].to(self.device), rows=1)
-            logits = self.model.itm_head(self.model.pool(hidden)).float()
+            states = self.model.encode_pair(text, mask, self.images[i].to(self.device), rows=1)
+            logits = self.model.itm_head(self.model.pool(states)).float()
             out.append(logits[:, 1] - logits[:, 0])
         return torch.cat(out)

@@ -23,18 +23,20 @@ from texts import IGNORE
 
 
 class Stage(nn.Module):
-    """One kind of training: its recipe, flags, data, losses and measure. The loop of train.py knows
-    nothing else of it.
+    """One kind of training: its recipe, flags, data, losses and measure.
 
-    A subclass has `recipe`, {config: defaults of flags} (base_plus and large take the row of base if
-    they have none), and four methods, always in this order:
+    A subclass has `recipe`, {config: defaults of flags, fields of Config among them} (base_plus and
+    large take the row of base if they have none), and four methods, always in this order:
 
     flags(parser, base)
         Adds the flags that only this stage has. base: the Config that it starts from.
     __init__(args, config, start, run)
-        Reads the data; builds the model, from the Checkpoint `start` or from nothing.
+        Reads the data and builds the model, from the Checkpoint `start` (checkpoint.py) or from
+        nothing, on this Runtime (runtime.py). Sets model, loss_weights, sources and samples; the
+        rest has defaults, below.
     forward(*batches)
-        One batch of each data set in `samples` → {name of a loss: scalar}.
+        One batch of each data set in `samples` → {name: scalar}. At step 0 it has every name in
+        loss_weights, later those of this step. Other names are logged only.
     measure(split, device)
         → {name: number} on split "val" or "test".
     """

@@ -179,8 +179,8 @@ class Text(Stage):
 
 
 def language_part(model):
-    """What stage text trains, as released. The image rows of types and table get no gradient, so
-    they stay."""
+    """What stage text trains, as released. (No text reads the image rows of types and table; their
+    gradient is zero, and weight decay leaves these two alone: they stay.)"""
     yield from (model.words, model.text_norm, model.types, model.norm, model.mlm_head)
     yield model.text_position if model.config.position == "absolute" else model.relative_table
     yield from (block.experts["language"] for block in model.blocks)
@@ -250,12 +250,13 @@ class VL(Stage):
 
         # Image-text contrast: Eq. (3) and (4)
         if "itc" in wanted:
-            T = cut(mask)
+            T = cut(mask)  # the longest text of this batch; images and negatives need no cut
             image_vectors = self.model.embed_image(image)  # (b, D)
             text_vectors = self.model.embed_text(text[:, :T], mask[:, :T])  # (b, D)
-            i2t, t2i = losses.similarities(image_vectors, text_vectors, self.model.scale())  # (b, B)
+            scale = self.model.scale()
+            i2t, t2i = losses.similarities(image_vectors, text_vectors, scale)  # (b, B) each
             out["itc"] = losses.itc_loss(i2t, t2i, same)
-            out["scale"] = self.model.scale().detach()
+            out["scale"] = scale.detach()
 
         # Pairs for the fusion encoder: masked pairs for MLM; for ITM matched pairs, and each with a
         # wrong image and a wrong text. These hard negatives are drawn among all processes' samples,
@@ -277,16 +278,16 @@ class VL(Stage):
         # All of them in one pass
         text, mask, image = (torch.cat(column) for column in zip(*pairs))  # b, 3b or 4b rows
         T = cut(mask)
-        hidden = self.model.encode_pair(text[:, :T], mask[:, :T], image, rows=T)  # (·, T, D)
+        states = self.model.encode_pair(text[:, :T], mask[:, :T], image, rows=T)  # (·, T, D)
 
         # Masked language modeling on the first b pairs, image-text matching on the last 3b
         if "mlm" in wanted:
             labels = labels[:, :T]
             at = labels != IGNORE  # (b, T) bool: the M masked tokens
-            logits = self.model.mlm_head(hidden[:b][at])  # (M, V)
+            logits = self.model.mlm_head(states[:b][at])  # (M, V)
             out["mlm"] = losses.masked_token_loss(logits, labels[at])
         if "itm" in wanted:
-            logits = self.model.itm_head(self.model.pool(hidden[-3 * b :]))  # (3b, 2)
+            logits = self.model.itm_head(self.model.pool(states[-3 * b :]))  # (3b, 2)
             matched = torch.arange(3 * b, device=logits.device) < b
             found = torch.cat([torch.ones_like(image_found), image_found, text_found])
             out["itm"] = losses.itm_loss(logits, matched, found)

@@ -101,9 +101,9 @@ def run_flags(parser, tuned):
         "--eval-every", type=at_least(0), default=None if tuned else 0, metavar="STEPS", help=when
     )
     group = parser.add_argument_group("optimization")
-    total = "of a step, over all processes"
+    total = "samples of a step, over all processes"
     group.add_argument("--batch-size", type=at_least(1), metavar="B", help=total)
-    if tuned:
+    if tuned:  # finetune.schedule sets steps, warmup and eval_every from it
         group.add_argument("--epochs", type=at_least(1e-9), help="with a warmup of a tenth of them")
     else:
         group.add_argument("--steps", type=at_least(1), help="optimizer steps")
@@ -112,7 +112,7 @@ def run_flags(parser, tuned):
     group.add_argument(
         "--clip", type=at_least(0.0), default=0.0, metavar="NORM", help="of the gradient; 0: off"
     )
-    passes = "split a step into A passes; negatives come from one"
+    passes = "split a step into A passes; contrast and negatives see one of them"
     group.add_argument("--accumulate", type=at_least(1), default=1, metavar="A", help=passes)
     group = parser.add_argument_group("speed")
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
@@ -187,7 +187,7 @@ def train(stage, args, run, start=None):
 
         # Forward and backward; DDP sends gradients in the last part only
         for part in range(args.accumulate):
-            model.require_backward_grad_sync = part == args.accumulate - 1
+            model.require_backward_grad_sync = part == args.accumulate - 1  # DDP's; else of no effect
             with run.autocast():
                 values = model(*batches)
             loss = sum(w * values[name] for name, w in stage.loss_weights.items() if name in values)
@@ -208,7 +208,7 @@ def train(stage, args, run, start=None):
         if saves or step % args.log_every == 0:
             log.write(step, lr)
         if args.eval_every and (step % args.eval_every == 0 or stage.best and step == args.steps):
-            if log.measure("val", step):
+            if log.measure("val", step):  # the best so far
                 checkpoint.save(out / "best.pt", stage, args, run, step, log.record)
         if saves:
             checkpoint.save(out / "last.pt", stage, args, run, step, log.record, optimizer, scaler)

@@ -71,8 +71,8 @@ class VQA(Task):
         """→ logits (b, A)."""
         T = cut(batch["mask"])
         text, mask = batch["text"][:, :T], batch["mask"][:, :T]
-        hidden = self.model.encode_pair(text, mask, batch["image"], rows=1)  # (b, 1, D)
-        return self.head(self.model.pool(hidden))
+        states = self.model.encode_pair(text, mask, batch["image"], rows=1)  # (b, 1, D)
+        return self.head(self.model.pool(states))
 
     def results(self, predicted, source):
         """VQA 2.0's accuracies; none where no answers are published."""
