@@ -208,13 +208,13 @@ def learning_rate(step, steps, warmup, peak, decay="linear"):
 
 
 def speed_up(stage, args, run):
-    """--recompute: a block keeps only its input for the backward pass. --compile: compiles the
-    blocks."""
+    """--compile: compiles the blocks. --recompute: a block keeps only its input for the backward
+    pass. In this order, because what checkpoint() wraps is hidden from the compiler."""
+    if args.compile:
+        compile_blocks(stage.blocks(), run)
     if args.recompute:
         for block in stage.blocks():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if args.compile:
-        compile_blocks(stage.blocks(), run)
 
 
 def compile_blocks(blocks, run):
@@ -228,7 +228,7 @@ def compile_blocks(blocks, run):
     # fusing) and of mode.
     torch._dynamo.config.recompile_limit = 64
     for block in blocks:
-        block.compile()
+        block.forward = torch.compile(block.forward)
 
 
 # ---- Files and the log ---------------------------------------------------------------------------
