@@ -194,10 +194,11 @@ def prepare(stage, args, run, resumed):
 FIXED = ("dim", "layers", "heads", "patch_size", "position", "experts", "attention", "layer_scale")
 
 
-def begin(config, start, seed, fresh=()):
+def begin(config, start, seed, fresh=(), copies=True):
     """A model of this Config with what a checkpoint has learned, except groups in `fresh` → VLMo,
     origin.
 
+    copies: whether experts that it lacks start from the vision experts, or from random weights.
     origin: {group: how it came}, empty without a checkpoint (see fit).
     """
     runtime.seed_all(seed)
@@ -205,10 +206,10 @@ def begin(config, start, seed, fresh=()):
     if start is None:
         return model, {}
     tensors = {name: tensor for name, tensor in start.tensors.items() if group(name) not in fresh}
-    return model, fit(model, tensors, start.config, start.path)
+    return model, fit(model, tensors, start.config, start.path, copies)
 
 
-def fit(model, tensors, config, path):
+def fit(model, tensors, config, path, copies=True):
     """Gives the model what another checkpoint learned (its tensors, not copies of them, and its
     Config) → {group: how}.
 
@@ -232,7 +233,7 @@ def fit(model, tensors, config, path):
             how[group(name)] = "taken" if same else "resampled"
         elif group(name) in present or group(name) not in OPTIONAL:
             raise UserError(f"{path} lacks {name}")
-        elif vision in tensors:
+        elif vision in tensors and copies:
             state[name] = tensor if tensor.is_meta else tensors[vision].clone()
             how[group(name)] = "copied"
         else:

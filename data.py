@@ -45,15 +45,19 @@ class Absent(UserError):
     """Data without the split that was asked for."""
 
 
-def flags(parser, images=None, text=False):
+def flags(parser, images=None, text=False, exclude=True):
     """Adds the flags of training data. images: how training images are augmented by default; None:
-    there are none."""
+    there are none. exclude: whether some can be left out."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", nargs="+", default=["shapes"], metavar="PATH", help="shapes: the built-in world")
     if images:
         usual = f"(default: {images}; in the built-in world none)"
         group.add_argument("--augment", choices=AUGMENTATIONS, help=f"views of training images {usual}")
-        group.add_argument("--flip", action="store_true", help="mirror half the images: not if texts say left and right")
+        mirrored = "mirror no image, for texts that say left and right (the built-in world never is)"
+        group.add_argument("--no-flip", action="store_true", help=mirrored)
+    if images and exclude:
+        names = "names of image files, one a line, that training leaves out: test images of a task"
+        group.add_argument("--exclude", metavar="FILE", help=names)
     if text:
         known = "(default: the checkpoint's, or a new one)"
         group.add_argument("--vocab", metavar="FILE", help=f"vocab.txt or tokenizer.json {known}")
@@ -201,8 +205,10 @@ class Images(Dataset):
 
     def __init__(self, source, image_size, args, usual="crop", hide=None):
         """usual: the augmentation of images from disk. hide: (rng) → hidden."""
-        self.source, self.image_size, self.seed, self.flip, self.hide = source, image_size, args.seed, args.flip, hide
-        self.augmentation = args.augment or ("none" if args.data == ["shapes"] else usual)
+        self.source, self.image_size, self.seed, self.hide = source, image_size, args.seed, hide
+        drawn = args.data == ["shapes"]
+        self.augmentation = args.augment or ("none" if drawn else usual)
+        self.flip = not drawn and not args.no_flip
         self.named = set()  # unreadable files
 
     def __len__(self):
@@ -211,21 +217,26 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        i, image, unreadable = self.read(index)
-        sample = self.sample(i, image, rng)
+        i, image, unreadable = self.read(self.picture(index))
+        sample = self.sample(index, i, image, rng)
         if self.hide:
             sample["hidden"] = self.hide(rng)
         return sample | {"unreadable": torch.tensor(unreadable)}
 
-    def sample(self, i, image, rng):
+    def picture(self, index):
+        """The number of a sample's picture."""
+        return index
+
+    def sample(self, index, i, image, rng):
+        """What a sample holds, of picture i, its own or a replacement."""
         return {"image": self.view(image, rng)}
 
-    def read(self, index):
-        """→ number of the sample, its image, and how many before it could not be read. An error in
+    def read(self, wanted):
+        """→ number of the picture, its image, and how many before it could not be read. An error in
         a loader process would end in a traceback, so a gray image stands for IN_A_ROW unreadable
         ones, and the Loader stops."""
         for unreadable in range(IN_A_ROW):
-            i = (index + unreadable) % len(self.source)
+            i = (wanted + unreadable) % len(self.source)
             try:
                 return i, self.source.image(i), unreadable
             except Unreadable as error:
@@ -241,16 +252,25 @@ class Images(Dataset):
 
 
 class Pairs(Images):
-    """Training samples (image, one of its captions): besides those of Images, text, masked, labels
-    (T,) int64; mask (T,) bool, True = real token; ids (2,) int64, hashes of item and caption."""
+    """Training samples (image, caption): every caption of every picture, once an epoch. Besides
+    those of Images a sample has text, masked, labels (T,) int64; mask (T,) bool, True = real token;
+    ids (2,) int64, hashes of item and caption."""
 
     def __init__(self, source, words, image_size, args, hide=None):
         super().__init__(source, image_size, args, "randaugment", hide)
         self.words = words
+        self.ends = source.caption_counts().cumsum()  # where the pairs of each picture end
 
-    def sample(self, i, image, rng):
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def picture(self, index):
+        return int(self.ends.searchsorted(index, side="right"))
+
+    def sample(self, index, i, image, rng):
         picture = self.source[i]
-        caption = rng.choice(picture.captions)
+        number = self.ends[self.picture(index)] - 1 - index
+        caption = picture.captions[number % len(picture.captions)]  # a replacement may have fewer
         text, mask = self.words.encode(caption)
         masked, labels = self.words.mask_words(text, rng)
         ids = torch.tensor([stable_hash(picture.item), stable_hash(caption)])
@@ -267,7 +287,7 @@ class Examples(Images):
         super().__init__(source, image_size, args, usual)
         self.words, self.target = words, target
 
-    def sample(self, i, image, rng):
+    def sample(self, index, i, image, rng):
         record = self.source[i]
         sample = {"image": self.view(image, rng), "target": self.target(record)}
         if self.words:

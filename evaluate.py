@@ -32,7 +32,7 @@ def parse():
     parser.add_argument("--vocab", metavar="FILE", help="if weights.py imported without one")
     parser.add_argument("--batch-size", type=at_least(1), default=64)
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
-    parser.set_defaults(seed=0, head_factor=1.0, predictions=None)
+    parser.set_defaults(seed=0, head_factor=1.0, predictions=None, exclude=None)
     Task.evaluation_flags(parser)
     args = parser.parse_args()
     if args.predictions and not Path(args.predictions).resolve().parent.is_dir():

@@ -29,7 +29,7 @@ class Config:
     position: str = "absolute"  # "absolute" (Section 3.1) or "relative" (the released base and large models)
     text_reach: int = 196  # relative only: how many text positions the table tells apart
     layer_scale: float = 0.0  # initial LayerScale; 0 = none (released relative models: 0.1)
-    drop_path: float = 0.0  # stochastic depth of the last layer, growing linearly from 0
+    drop_path: float = 0.0  # stochastic depth of the last layer, growing linearly from 0; text dropout
     init_std: float = 0.02  # of the normal distribution that matrices and embeddings start from (BERT, BEiT)
     experts: str = "mome"  # "mome", or "shared": the standard Transformer of Table 5, row 4
     attention: str = "shared"  # "shared", or "separate" below the vision-language layers (Table 7)
@@ -232,7 +232,8 @@ class MoME(nn.Module):
         x = self.words(text)
         if self.config.position == "absolute":
             x = x + self.text_position[: text.shape[1]]
-        return self.text_norm(x) + self.types[0]
+        x = F.dropout(self.text_norm(x), self.config.drop_path, self.training)  # as released
+        return x + self.types[0]
 
     def embed_patches(self, image, image_type, masked=None, mask_embedding=None):
         """Image input representations of Section 3.1. image (B, 3, side, side) → (B, 1+N, D)."""

@@ -355,7 +355,7 @@ class MoMoVL(MoMo, VL):
             weights["mlm"] = 1.0
         self.loss_weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.aligned = self.loss_weights.keys() & {"itc", "itm"}
-        self.sources = sources.read_pairs(args, config.image_size)
+        self.sources = sources.read_pictures(args, config.image_size, captions=True)
         self.documents = [] if args.no_simultaneous else args.texts
         self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer

@@ -26,11 +26,12 @@ class NLVR2(Task):
     [T_CLS] (Figure 3)."""
 
     unit = "statements"
-    recipe = {  # paper; drop-path: released code
+    recipe = {  # Appendix C; drop-path and base_plus: released code
         "tiny": dict(epochs=0.16, batch_size=64, lr=2.5e-4, clip=1.0, save_every=100, fresh_pooler=True),
         "base": dict(epochs=10, batch_size=128, lr=5e-5, image_size=384, drop_path=0.1),
     }
-    recipe["large"] = recipe["base"] | dict(lr=3e-5)
+    recipe["base_plus"] = recipe["base"] | dict(lr=3e-5, drop_path=0.2)
+    recipe["large"] = recipe["base"] | dict(lr=3e-5, drop_path=0.15)
 
     @staticmethod
     def flags(parser, base):

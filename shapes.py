@@ -10,6 +10,7 @@ import functools
 import math
 import random
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from data import Absent, Picture, stable_hash
@@ -58,8 +59,9 @@ class World:
     def image(self, i):
         return draw_scene(self.scene(i), self.image_size, self.rng("drawing", i))
 
-    def count_captions(self):
-        return 2 * self.count
+    def caption_counts(self):
+        """How many captions each picture has, (n,)."""
+        return np.full(self.count, 2)
 
     def corpus(self):
         """Captions, questions and statements, enough for every word of this world to come many

@@ -38,8 +38,20 @@ class Records:
         path = self[i].image
         return read_image(path) if isinstance(path, str) else tuple(map(read_image, path))
 
-    def count_captions(self):
-        return sum(len(self[i].captions) for i in range(len(self)))
+    def without(self, names):
+        """The source without the pictures of these file names. UserError if it has none of them, or
+        no others."""
+        kept = []
+        for i in range(len(self)):
+            if os.path.basename(self[i].image) not in names:
+                kept.append(self[i])
+        if len(kept) in (0, len(self)):
+            raise UserError(f"--exclude leaves out {len(self) - len(kept)} of {len(self)} pictures")
+        return Records(self.kind, kept, self.by_text)
+
+    def caption_counts(self):
+        """How many captions each picture has, (n,)."""
+        return np.array([len(self[i].captions) for i in range(len(self))])
 
     def corpus(self):
         texts = []
@@ -61,14 +73,16 @@ def read_splits(names, read):
     return found
 
 
-def read_pictures(args, image_size):
-    """{split: source} of the pictures that --data names."""
-    return read_splits(args.splits, lambda split: pictures(args.data, split, image_size))
-
-
-def read_pairs(args, image_size):
-    """{split: source} of the pictures with captions that --data names."""
-    return read_splits(args.splits, lambda split: pictures(args.data, split, image_size, captions=True))
+def read_pictures(args, image_size, captions=False):
+    """{split: source} of the pictures that --data names; of training without those that --exclude
+    names. captions: they must have captions."""
+    names = set(read_text(args.exclude).split("\n")) if args.exclude else set()
+    found = read_splits(args.splits, lambda split: pictures(args.data, split, image_size, captions))
+    if names and args.data == ["shapes"]:
+        raise UserError("--exclude: the built-in world has no files")
+    if names and "train" in found:
+        found["train"] = found["train"].without(names)
+    return found
 
 
 def pictures(paths, split, image_size, captions=False):

@@ -72,10 +72,6 @@ class Stage(nn.Module):
         """Texts to train a vocabulary on."""
         return self.sources["train"].corpus()
 
-    def epoch(self):
-        """How many samples an epoch has."""
-        return len(self.samples[0])
-
     def measured(self):
         """The splits that this stage can be measured on."""
         return [split for split in ("val", "test") if split in self.sources]
@@ -200,7 +196,7 @@ def task_flags(parser, base, images="randaugment", text=True):
     if text:
         fresh = "start the pooler from random weights"
         group.add_argument("--fresh-pooler", action=argparse.BooleanOptionalAction, default=False, help=fresh)
-    data.flags(parser, images, text)
+    data.flags(parser, images, text, exclude=False)
     config_flags(parser, dataclasses.replace(base, max_text_len=min(base.max_text_len, 40)), names)
 
 

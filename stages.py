@@ -33,8 +33,8 @@ class Image(Stage):
     unit, betas, weight_decay, decay = "images", (0.9, 0.999), 0.05, "cosine"
     recipe = {
         "tiny": dict(batch_size=64, steps=600, warmup=60, lr=1e-3, clip=1.0, save_every=100),
-        # 800 epochs of ImageNet-1k
-        "base": dict(batch_size=2048, steps=500_000, warmup=10_000, lr=1.5e-3, clip=3.0),
+        # BEiT's paper: 800 epochs of ImageNet-1k, 10 of them warm-up
+        "base": dict(batch_size=2048, steps=500_000, warmup=6250, lr=1.5e-3, clip=3.0),
     }
 
     @staticmethod
@@ -137,12 +137,13 @@ class Text(Stage):
     unit = "texts"
     recipe = {
         "tiny": dict(batch_size=64, steps=1000, warmup=75, lr=1e-3, clip=1.0, save_every=100, max_text_len=48),
-        "base": dict(batch_size=1024, steps=500_000, warmup=2500, lr=2e-4, max_text_len=196),
+        "base": dict(batch_size=1024, steps=500_000, warmup=2500, lr=2e-4, max_text_len=196),  # Appendix B
     }
     recipe["large"] = recipe["base"] | dict(steps=200_000)
 
     @staticmethod
     def flags(parser, base):
+        fresh_flag(parser.add_argument_group("stage text"))
         data.flags(parser, text=True)
         config_flags(parser, base)
 
@@ -156,7 +157,7 @@ class Text(Stage):
         corpus = functools.partial(texts.corpus, args.data)
         self.words, config = texts.vocabulary(args, config, start, run, corpus)
         self.tokenizer = self.words.tokenizer
-        self.model, self.origin = checkpoint.begin(config, start, args.seed)
+        self.model, self.origin = checkpoint.begin(config, start, args.seed, copies=not args.fresh_experts)
         self.model.requires_grad_(False)
         for module in language_part(self.model):
             module.requires_grad_(True)
@@ -178,6 +179,11 @@ class Text(Stage):
         return masked_words(self.predict, self.sources[split], self.sources["train"], device)
 
 
+def fresh_flag(group):
+    fresh = "experts that --init lacks start from random weights, as released, not from the vision expert"
+    group.add_argument("--fresh-experts", action="store_true", help=fresh)
+
+
 def language_part(model):
     """What stage text trains, as released. (No text reads the image rows of types and table; their
     gradient is zero, and weight decay leaves these two alone: they stay.)"""
@@ -194,12 +200,11 @@ class VL(Stage):
     3.3)."""
 
     recipe = {
-        "tiny": dict(
-            batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100, max_text_len=24
-        ),
-        "base": dict(batch_size=1024, steps=200_000, warmup=2500, lr=2e-4, max_text_len=40),
+        "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100, max_text_len=24),
+        "base": dict(batch_size=1024, steps=200_000, warmup=2500, lr=2e-4, max_text_len=40),  # Section 4.1
     }
-    recipe["large"] = recipe["base"] | dict(lr=5e-5)
+    recipe["base_plus"] = recipe["base"] | dict(lr=1e-4)  # released code
+    recipe["large"] = recipe["base"] | dict(lr=5e-5)  # Section 4.1
 
     @staticmethod
     def flags(parser, base):
@@ -209,6 +214,7 @@ class VL(Stage):
         weight_flag(group, "mlm", 0.25)
         negatives = "where hard negatives come from: all processes, or this one (Table 6)"
         group.add_argument("--negatives", choices=["global", "local"], default="global", help=negatives)
+        fresh_flag(group)
         data.flags(parser, images="randaugment", text=True)
         config_flags(parser, base)
 
@@ -219,10 +225,10 @@ class VL(Stage):
         if not self.loss_weights:
             raise UserError("--itc-weight, --itm-weight and --mlm-weight must not all be 0")
         self.negatives = args.negatives
-        self.sources = sources.read_pairs(args, config.image_size)
+        self.sources = sources.read_pictures(args, config.image_size, captions=True)
         self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer
-        self.model, self.origin = checkpoint.begin(config, start, args.seed)
+        self.model, self.origin = checkpoint.begin(config, start, args.seed, copies=not args.fresh_experts)
         if "train" in self.sources:
             self.samples = [data.Pairs(self.sources["train"], self.words, config.image_size, args)]
 

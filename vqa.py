@@ -28,7 +28,7 @@ class VQA(Task):
     """The fusion encoder, and a classifier of [T_CLS] over A answers."""
 
     unit = "questions"
-    recipe = {  # paper; drop-path and the head's factor: released code
+    recipe = {  # Appendix C; drop-path, the head's factor, and base_plus as base: released code
         "tiny": dict(epochs=0.32, batch_size=64, lr=5e-4, clip=1.0, save_every=100, fresh_pooler=True),
         "base": dict(epochs=10, batch_size=128, lr=3e-5, head_factor=20.0, image_size=480, drop_path=0.15),
     }
