@@ -191,7 +191,7 @@ def prepare(stage, args, run, resumed):
 
 # Fields that must be equal: no tensor can be converted between their values (LayerScale: with or
 # without).
-FIXED = ("dim", "layers", "heads", "patch_size", "position", "experts", "attention", "layer_scale")
+FIXED = ("dim", "layers", "heads", "patch_size", "position", "layer_scale")
 
 
 def begin(config, start, seed, fresh=(), copies=True):
@@ -213,10 +213,11 @@ def fit(model, tensors, config, path, copies=True):
     """Gives the model what another checkpoint learned (its tensors, not copies of them, and its
     Config) → {group: how}.
 
-    how is "taken"; "resampled", for positions at another resolution or text length; "copied", for
-    experts (and separate attention) of language and vl that the file lacks, which start from the
-    vision ones (Table 4); or "fresh", left as they are. UserError where the architectures differ,
-    or the file lacks or has a tensor that it should not.
+    how is "taken"; "resampled", for positions at another resolution or text length; "converted",
+    for vision experts that become shared ones, or shared attention that becomes that of the image,
+    or the reverse; "copied", for experts (and separate attention) of language and vl that the file
+    lacks, which start from the vision ones (Table 4); or "fresh", left as they are. UserError where
+    the architectures differ, or the file lacks or has a tensor that it should not.
     """
     old, new = dataclasses.asdict(config), dataclasses.asdict(model.config)
     for name in FIXED:
@@ -225,12 +226,15 @@ def fit(model, tensors, config, path, copies=True):
             advice = "leave the flags of the architecture away, or start from another file"
             raise UserError(f"{path} has {name} {old[name]}, and this run {new[name]}: {advice}")
     own, how, state = model.state_dict(), {}, {}
+    tensors, converted = counterparts(tensors, own)
     present = set(groups(tensors))
     for name, tensor in own.items():
         vision = vision_name(name)
         if name in tensors:
             state[name], same = fitted(name, tensors[name], config, tensor, model.config)
             how[group(name)] = "taken" if same else "resampled"
+            if name in converted:
+                how[group(name)] = "converted"
         elif group(name) in present or group(name) not in OPTIONAL:
             raise UserError(f"{path} lacks {name}")
         elif vision in tensors and copies:
@@ -243,9 +247,24 @@ def fit(model, tensors, config, path, copies=True):
             raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
     for name in tensors:
         if name not in own:
-            raise UserError(f"{path} has {name}, and this model does not: is --vl-layers another?")
+            differ = "is --vl-layers, --experts or --attention another?"
+            raise UserError(f"{path} has {name}, and this model does not: {differ}")
     model.load_state_dict(state, assign=True)
     return how
+
+
+def counterparts(tensors, own):
+    """A file's tensors by the names of a model, and the set of names that have changed: for what the
+    model has as shared and the file for vision, or the reverse (Tables 5 and 7)."""
+    renamed, changed = {}, set()
+    for name, tensor in tensors.items():
+        for old, new in (("vision", "shared"), ("shared", "vision")):
+            other = name.replace(f".{old}.", f".{new}.")
+            if name not in own and other in own:
+                name = other
+                changed.add(name)
+        renamed[name] = tensor
+    return renamed, changed
 
 
 def load_exactly(module, tensors, path):

@@ -196,10 +196,9 @@ class MoMo:
 
     def set_up(self, args, config, start, modalities):
         """Builds the encoder, and a new decoder per modality, unless a run of this stage is resumed.
-        UserError if a checkpoint's encoder is not MoMo's."""
-        if (config.experts, config.attention, config.position) != ("shared", "shared", "absolute"):
-            needs = "--experts shared, --attention shared, --position absolute"
-            raise UserError(f"MoMo starts from its own checkpoints only ({needs})")
+        UserError if a checkpoint's encoder cannot be MoMo's."""
+        if (config.attention, config.position) != ("shared", "absolute"):
+            raise UserError(f"{start.path}: MoMo has shared attention, and absolute positions")
         self.normalised = args.normalise_pixels
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         shape = DECODERS[args.config]

@@ -132,12 +132,22 @@ class Task(Stage):
         self.trained = start if start and start.stage == args.stage else None  # it has the head
 
     def set_choices(self, found):
-        """Sets what the head chooses from: the choices of a checkpoint of this task, in the order
-        of its head, else those found in the training data (None: in an evaluation)."""
-        self.choices = found
-        if self.trained:
-            self.choices = known_choices(self.trained, found)
-        self.extra = {"choices": self.choices}
+        """Sets what the head chooses from: those found in the training data (None: in an
+        evaluation), in the order of a head that was trained with the same. With others the head is
+        a new one, as from ImageNet-22k to ImageNet-1k (Table 3)."""
+        known = self.trained.extra["choices"] if self.trained else found
+        if known is None:
+            advice = "import it again, with --answers"
+            raise UserError(f"{self.trained.path} was imported without its answers: {advice}")
+        if found is not None and sorted(known) != sorted(found):
+            if self.trained.resumed:
+                raise UserError(f"{self.trained.path} was trained with other answers or classes")
+            known, self.trained = found, None
+        self.choices = known
+        self.extra = {"choices": known}
+
+    def note(self, args, run):
+        return "" if self.trained else ", with a new head"
 
     def set_head(self, head):
         """Sets the head, with the weights of a checkpoint of this task."""
@@ -198,18 +208,6 @@ def task_flags(parser, base, images="randaugment", text=True):
         group.add_argument("--fresh-pooler", action=argparse.BooleanOptionalAction, default=False, help=fresh)
     data.flags(parser, images, text, exclude=False)
     config_flags(parser, dataclasses.replace(base, max_text_len=min(base.max_text_len, 40)), names)
-
-
-def known_choices(start, found):
-    """The choices of a checkpoint of this task, in the order of its head. found: those of the
-    training data, or None."""
-    known = start.extra["choices"]
-    if known is None:
-        raise UserError(f"{start.path} was imported without its answers: import it again, with --answers")
-    if found is not None and sorted(known) != sorted(found):
-        advice = "for a new head, name a checkpoint of another stage with --init"
-        raise UserError(f"{start.path} was trained with other answers or classes than --data has: {advice}")
-    return known
 
 
 # ---- What measures share -------------------------------------------------------------------------

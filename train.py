@@ -68,7 +68,7 @@ def parse(stages, option, default, description):
     size = start.args["config"] if start else chosen.config or "tiny"
     if chosen.config not in (None, size):
         raise UserError(f"{start.path} is of --config {size}: leave --config away")
-    base = start.config if start and name != "dvae" else Stage.architecture(CONFIGS[size])
+    base = Stage.architecture(start.config if start and name != "dvae" else CONFIGS[size])
     defaults = Stage.recipe.get(size, Stage.recipe["base"]) | {"stage": name, "config": size, "out": out}
     if start and start.stage == name:
         defaults.pop("max_text_len", None)  # a checkpoint of this stage keeps its own

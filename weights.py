@@ -1,10 +1,12 @@
-"""From the weights that the authors of VLMo and BEiT published to a checkpoint of this project.
+"""From the weights that the authors of VLMo, BEiT, ViT and MAE published to a checkpoint of this
+project.
 
     python weights.py vlmo_base_patch16_480_vqa.pt -o vqa.pt --vocab vocab.txt --answers vqa
     python weights.py beit_base_patch16_224_pt22k_ft22kto1k.pth -o beit.pt
+    python weights.py mae_pretrain_vit_base.pth -o mae.pt
 
-vocab.txt belongs to BERT base uncased; vqa is the folder of VQA 2.0. Shape letters: D dim, H heads,
-L layers, N patches, R rows of the relative-position table.
+vocab.txt belongs to BERT base uncased; vqa is the folder of VQA 2.0. A ViT is read as timm publishes
+it. Shape letters: D dim, H heads, L layers, N patches, R rows of the relative-position table.
 """
 
 import collections
@@ -84,14 +86,15 @@ TASKS = {"vqa": 1, "nlvr2": 2}  # {task: how many vectors of [T_CLS] its classif
 # Groups that a file may lack, each set as a whole
 VLMO_OPTIONAL = [{"itc_image", "itc_text", "logit_scale"}, {"itm_head"}, {"mlm_head"}]
 VLMO_OPTIONAL += [{"blocks.*.experts.vl"}]
-BEIT_OPTIONAL = [checkpoint.OPTIONAL | {"types", "norm"}]
+BEIT_OPTIONAL = [checkpoint.OPTIONAL | {"types"}, {"norm"}]
 
 # What is left behind: a contrastive branch that is not in the paper, indices, positions that
 # relative files do not use, BEiT's own heads
 VLMO_IGNORED = r"itc_vl_(image|text)_proj\.fc\.weight|logit_vl_scale"
 VLMO_IGNORED += r"|text_embeddings\.(position_ids|token_type_ids|position_embeddings\.weight)"
 VLMO_IGNORED += r"|(text_(imag_)?)?relative_position_index"
-BEIT_IGNORED = r"mask_token|(lm_head|head|fc_norm|norm)\..*|(.*\.)?relative_position_index"
+BEIT_IGNORED = r"mask_token|(lm_head|head|pre_logits|fc_norm|norm)\..*|decoder_.*"
+BEIT_IGNORED += r"|(.*\.)?relative_position_index"
 
 NAMES = {768: "base", 544: "base_plus", 1024: "large"}  # the published sizes by their width
 REACH = 196  # how many text positions their tables tell apart
@@ -127,6 +130,7 @@ class Released(NamedTuple):
     tensors: dict  # of a VLMo, by name; those of the file itself where they have the same shape
     ignored: dict  # {name in the file: number of parameters}
     head: nn.Module | None = None  # the classifier of a task
+    fresh: tuple = ()  # groups whose tensors are not the file's
 
 
 def from_vlmo(state_dict, heads=None, reach=REACH, image_size=None):
@@ -145,10 +149,10 @@ def from_vlmo(state_dict, heads=None, reach=REACH, image_size=None):
 
 
 def from_beit(state_dict, heads=None, image_size=None):
-    """The weights of a released BEiT file → (VLMo, report), see from_vlmo.
+    """The weights of a released BEiT, ViT or MAE file → (VLMo, report), see from_vlmo.
 
-    What BEiT does not have starts fresh. Types and the text rows of the relative table start from
-    zero, so that the image features are BEiT's. Language and VL experts are copies of the vision
+    What it does not have starts fresh. Types and the text rows of the relative table start from
+    zero, so that the image features are the file's. Language and VL experts are copies of the vision
     expert (Table 4, "image-only").
     """
     with malformed("the file"):
@@ -166,8 +170,7 @@ def build(released, path, image_size=None, device="cpu"):
     with torch.device(device):
         model = VLMo(config)
     origin = checkpoint.fit(model, released.tensors, released.config, path)
-    if released.stage == "image":
-        origin |= {"types": "fresh", "norm": "fresh"}
+    origin |= dict.fromkeys(released.fresh, "fresh")
     rows = checkpoint.with_sizes(origin, model)
     if released.head:
         model.head = released.head
@@ -215,8 +218,11 @@ def read_vlmo(state, heads=None, reach=REACH):
 
 
 def read_beit(state, heads=None):
-    """The state dict of a BEiT file → Released."""
+    """The state dict of a BEiT, ViT or MAE file → Released."""
     layers, image_rows = count_blocks(state, r"blocks\.(\d+)\."), None
+    is_vit = "blocks.0.attn.qkv.bias" in state
+    if is_vit:
+        state = without_key_biases(state, layers)
     tables = [f"blocks.{i}.attn.{TABLE}" for i in range(max(layers, 1))]  # fine-tuned files
     if f"rel_pos_bias.{TABLE}" in state:  # self-supervised files: one for all layers
         tables = [f"rel_pos_bias.{TABLE}"] * len(tables)
@@ -230,11 +236,23 @@ def read_beit(state, heads=None):
     config = architecture(state, "", layers, heads, image_rows)
     with torch.device("meta"):
         wanted = VLMo(config)
-    names = IMAGE | block_names(BEIT_BLOCK, "", layers)
+    names = IMAGE | block_names(BEIT_BLOCK, "", layers) | ({"norm": "norm"} if is_vit else {})
     tensors, ignored = translate(state, names, wanted, BEIT_OPTIONAL, BEIT_IGNORED)
     tensors["types"] = torch.zeros(3, config.dim)
+    if is_vit:
+        return Released(config, "image", tensors, ignored, fresh=("types",))
     tensors |= {"norm.weight": torch.ones(config.dim), "norm.bias": torch.zeros(config.dim)}
-    return Released(config, "image", tensors, ignored)
+    return Released(config, "image", tensors, ignored, fresh=("types", "norm"))
+
+
+def without_key_biases(state, layers):
+    """A ViT's state dict with BEiT's names. Its key bias b adds q·b to all scores of a query, which
+    the softmax cancels, so leaving it out is exact."""
+    state = dict(state)
+    for i in range(layers):
+        query, _, value = state.pop(f"blocks.{i}.attn.qkv.bias").chunk(3)
+        state |= {f"blocks.{i}.attn.q_bias": query, f"blocks.{i}.attn.v_bias": value}
+    return state
 
 
 def architecture(state, prefix, layers, heads, image_rows):
