@@ -11,6 +11,7 @@ import math
 
 import checkpoint
 import data
+import glue
 import runtime
 import train
 from classify import Classify, Probe
@@ -86,6 +87,7 @@ TASKS = {
     "flickr30k": Flickr30K,
     "classify": Classify,
     "probe": Probe,
+    **glue.TASKS,
 }
 
 

@@ -199,11 +199,16 @@ class Task(Stage):
 
 
 def task_flags(parser, base, images="randaugment", text=True):
-    """Adds the flags of every task."""
-    names = ("image_size", "max_text_len", "drop_path") if text else ("image_size", "drop_path")
+    """Adds the flags of every task. images: how training images are augmented by default; None:
+    the task has none."""
+    names = ["drop_path"]
+    if images:
+        names.append("image_size")
+    if text:
+        names.append("max_text_len")
     group = parser.add_argument_group("head")
     group.add_argument("--head-factor", type=at_least(0.0), default=1.0, metavar="F", help="of the head's learning rate")
-    if text:
+    if text and images:
         fresh = "start the pooler from random weights"
         group.add_argument("--fresh-pooler", action=argparse.BooleanOptionalAction, default=False, help=fresh)
     data.flags(parser, images, text, exclude=False)

@@ -129,9 +129,16 @@ class Words:
         ids[: len(pieces) + 2] = torch.tensor([self.cls, *pieces, self.sep])
         return ids, torch.arange(self.length) < len(pieces) + 2
 
-    def encode(self, text):
-        """A text, cut where it is too long → ids (T,) int64, mask (T,) bool."""
-        return self.frame(self.tokenizer.encode(text, add_special_tokens=False).ids[: self.length - 2])
+    def encode(self, text, second=None):
+        """A text, or two with a [T_SEP] in between, cut where they are too long (of two the longer
+        one) → ids (T,) int64, mask (T,) bool."""
+        pieces = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if second is None:
+            return self.frame(pieces[: self.length - 2])
+        more = self.tokenizer.encode(second, add_special_tokens=False).ids
+        while len(pieces) + len(more) > self.length - 3:
+            (pieces if len(pieces) > len(more) else more).pop()
+        return self.frame([*pieces, self.sep, *more])
 
     def encode_all(self, texts):
         """Texts → ids (n, T) int64, mask (n, T) bool, cut to the longest of them."""

@@ -1,0 +1,293 @@
+"""GLUE: eight tasks on texts, for the text encoder only (MoMo's Table 2): files, head, loss, metrics
+and submissions.
+
+    python finetune.py --task rte --init runs/vl/last.pt                # the built-in world
+    python finetune.py --task mnli --init runs/vl/last.pt --data glue   # the folder of all tasks
+
+Shape letters: b local batch, T text tokens, D dim, C classes.
+"""
+
+import csv
+import random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+
+import checkpoint
+import data
+import losses
+import shapes
+import texts
+from data import Absent
+from mome import initialise
+from runtime import UserError
+from sources import Records, read_splits, task_folder
+from stage import Task, task_flags
+from texts import cut
+
+# ---- Metrics: of predicted and right numbers, in percent -----------------------------------------
+
+
+def accuracy(predicted, right):
+    return 100 * float(np.mean(np.equal(predicted, right)))
+
+
+def f1(predicted, right):
+    """The harmonic mean of precision and recall of class 1."""
+    predicted, right = np.equal(predicted, 1), np.equal(right, 1)
+    return 100 * 2 * float(np.sum(predicted & right)) / max(1, int(predicted.sum() + right.sum()))
+
+
+def pearson(predicted, right):
+    """The correlation; 0 if one side is constant. Of two classes it is Matthews' coefficient."""
+    x, y = (np.subtract(values, np.mean(values)) for values in (predicted, right))
+    scale = np.sqrt(np.sum(x * x) * np.sum(y * y))
+    return 100 * float(np.sum(x * y) / scale) if scale else 0.0
+
+
+def spearman(predicted, right):
+    """The correlation of ranks."""
+    return pearson(ranks(predicted), ranks(right))
+
+
+def ranks(values):
+    """Ranks from 1; equal values share their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+# ---- The tasks -----------------------------------------------------------------------------------
+
+
+class GLUE(Task):
+    """A linear layer on [T_CLS] of one text, or of two with a [SEP] in between."""
+
+    unit = "texts"
+    folder = ""  # of the task in the folder of --data
+    columns = ["sentence1", "sentence2"]  # of the texts
+    label = "label"  # the column of the answer
+    labels = ["0", "1"]  # the classes; [] for a task that predicts a number
+    metrics = {"accuracy": accuracy}
+    files = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
+    recipe = {  # BERT's; its grid: lr 5e-5, 4e-5, 3e-5, 2e-5, batch_size 16, 32, epochs 2 to 4
+        "tiny": dict(epochs=0.32, batch_size=64, lr=5e-4, clip=1.0, save_every=100, max_text_len=40),
+        "base": dict(epochs=3, batch_size=32, lr=2e-5, clip=1.0, max_text_len=128, drop_path=0.1),
+    }
+
+    @staticmethod
+    def flags(parser, base):
+        task_flags(parser, base, images=None)
+
+    @staticmethod
+    def evaluation_flags(parser):
+        parser.add_argument("--predictions", metavar="FILE", help="TSV for GLUE's server")
+
+    def __init__(self, args, config, start, run):
+        super().__init__(args, start)
+        splits = args.splits
+        if "train" in splits and args.data != ["shapes"]:
+            splits = ["train", "val"]  # the answers of test are not published
+        self.sources = read_splits(splits, lambda split: self.read(args.data, split))
+        self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
+        self.tokenizer = self.words.tokenizer
+        self.model, self.origin = checkpoint.begin(config, start, args.seed)
+        self.set_choices(self.labels)
+        self.set_head(initialise(nn.Linear(config.dim, max(1, len(self.labels))), config))
+        if "train" in self.sources:
+            self.samples = [Sentences(self.sources["train"], self.words, self.target)]
+
+    def target(self, record):
+        if self.labels:
+            return torch.tensor(self.labels.index(record.label))
+        return torch.tensor(float(record.label))
+
+    def forward(self, batch):
+        """batch: text, mask (b, T); target (b,)."""
+        logits = self.predict(batch)
+        if self.labels:
+            return {"loss": losses.class_loss(logits, batch["target"])}
+        return {"loss": F.mse_loss(logits[:, 0].float(), batch["target"])}
+
+    def predict(self, batch):
+        """→ logits (b, C); (b, 1) for a number."""
+        T = cut(batch["mask"])
+        states = self.model.encode_text(batch["text"][:, :T], batch["mask"][:, :T], rows=1)
+        return self.head(states[:, 0])
+
+    @torch.no_grad()
+    def answers(self, source, device, batch=64):
+        """The predicted class or number of each sample, on every process, which share the work."""
+        self.eval()
+        out = []
+        for numbers in data.shard(len(source), batch):
+            pairs = [self.words.encode(*source[i].texts) for i in numbers]
+            ids, mask = (torch.stack(column).to(device) for column in zip(*pairs))
+            logits = self.predict({"text": ids, "mask": mask})
+            out.append(logits.argmax(1) if self.labels else logits[:, 0].float())
+        return losses.gather(torch.cat(out))[: len(source)].tolist()
+
+    def results(self, predicted, source):
+        if source[0].label is None:
+            return {}
+        right = [self.target(source[i]).item() for i in range(len(source))]
+        return {name: metric(predicted, right) for name, metric in self.metrics.items()}
+
+    def submission(self, predicted, source):
+        """Lines of number and answer, below a header."""
+        answers = [self.labels[k] for k in predicted] if self.labels else predicted
+        return "index\tprediction\n" + "".join(f"{i}\t{answer}\n" for i, answer in enumerate(answers))
+
+    def read(self, paths, split):
+        """The source of a split of --data. Absent if there is none of that name."""
+        if list(paths) == ["shapes"]:
+            raise Absent("of GLUE's tasks, the built-in world has rte only: name a folder with --data")
+        if split not in self.files:
+            raise Absent(f"{self.folder} has no split {split}, but {', '.join(self.files)}")
+        path = task_folder(paths) / self.folder / self.files[split]
+        if not path.exists():
+            raise Absent(f"{path}: no such file; --data takes the folder of GLUE's unpacked archives")
+        source = Records(Sample, self.rows(path))
+        if not len(source):
+            raise UserError(f"{path} has no line with the columns {', '.join(self.columns)}")
+        return source
+
+    def rows(self, path):
+        """Records of a file. Lines without all columns are left out, as usual: QQP has a few."""
+        with open(path, encoding="utf-8", newline="") as file:
+            names = self.header(path)
+            for row in csv.DictReader(file, names, delimiter="\t", quoting=csv.QUOTE_NONE):
+                found, label = [row.get(column) for column in self.columns], row.get(self.label)
+                known = label in self.labels if self.labels else label is not None
+                if all(found) and (known or "test" in path.name):
+                    yield Sample(found, label if known else None)
+
+    def header(self, path):
+        """Names of the columns; None: they are in the first line."""
+        return None
+
+
+class CoLA(GLUE):
+    """Is a sentence acceptable?"""
+
+    folder, columns = "CoLA", ["sentence"]
+    best, metrics = "matthews", {"matthews": pearson, "accuracy": accuracy}
+
+    def header(self, path):
+        return None if path.name == "test.tsv" else ["source", "label", "mark", "sentence"]
+
+
+class SST2(GLUE):
+    """Is a sentence about a film positive?"""
+
+    folder, columns = "SST-2", ["sentence"]
+
+
+class MRPC(GLUE):
+    """Do two sentences say the same?"""
+
+    folder, columns, label = "MRPC", ["#1 String", "#2 String"], "Quality"
+    metrics = {"accuracy": accuracy, "f1": f1}
+
+
+class QQP(GLUE):
+    """Do two questions ask the same?"""
+
+    folder, columns, label = "QQP", ["question1", "question2"], "is_duplicate"
+    metrics = {"accuracy": accuracy, "f1": f1}
+
+
+class STSB(GLUE):
+    """How similar are two sentences, from 0 to 5?"""
+
+    folder, label, labels = "STS-B", "score", []
+    best, metrics = "pearson", {"pearson": pearson, "spearman": spearman}
+
+
+class MNLI(GLUE):
+    """Does the second sentence follow from the first, contradict it, or neither?"""
+
+    folder, label, labels = "MNLI", "gold_label", ["contradiction", "entailment", "neutral"]
+    files = {
+        "train": "train.tsv",
+        "val": "dev_matched.tsv",
+        "val-mismatched": "dev_mismatched.tsv",
+        "test": "test_matched.tsv",
+        "test-mismatched": "test_mismatched.tsv",
+    }
+
+
+class QNLI(GLUE):
+    """Does a sentence answer a question?"""
+
+    folder, columns = "QNLI", ["question", "sentence"]
+    labels = ["entailment", "not_entailment"]
+
+
+class RTE(GLUE):
+    """Does the second sentence follow from the first? In the built-in world: one caption from
+    another."""
+
+    folder, labels = "RTE", ["entailment", "not_entailment"]
+
+    def read(self, paths, split):
+        return WorldEntailment(split, 1) if list(paths) == ["shapes"] else super().read(paths, split)
+
+
+TASKS = {
+    "cola": CoLA,
+    "sst-2": SST2,
+    "mrpc": MRPC,
+    "qqp": QQP,
+    "sts-b": STSB,
+    "mnli": MNLI,
+    "qnli": QNLI,
+    "rte": RTE,
+}
+
+# ---- Samples -------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """A record of GLUE."""
+
+    texts: list  # one or two
+    label: str | None  # None where it is not published
+
+
+class Sentences(Dataset):
+    """Training samples, indexed by (epoch, index): text, mask (T,); target, a tensor."""
+
+    def __init__(self, source, words, target):
+        self.source, self.words, self.target = source, words, target
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, key):
+        record = self.source[key[1]]
+        text, mask = self.words.encode(*record.texts)
+        target = self.target(record)
+        return {"text": text, "mask": mask, "target": target, "unreadable": torch.tensor(0)}
+
+
+class WorldEntailment(shapes.World):
+    """A caption of a scene, and a caption of two things. Half of them follow; of the others half name
+    a thing that the scene does not have, half name its things in the wrong order."""
+
+    def __getitem__(self, i):
+        scene, rng = self.scene(i), random.Random(f"entailment {i}")
+        first, last = sorted(rng.sample(range(len(scene["things"])), 2))
+        pair, label = [scene["things"][first], scene["things"][last]], "entailment"
+        if rng.random() < 0.5:
+            label = "not_entailment"
+            if pair[0] == pair[1] or rng.random() < 0.5:
+                while pair[0] in scene["things"]:
+                    pair[0] = shapes.make_thing(rng)
+            else:
+                pair.reverse()
+        claim = rng.choice(shapes.describe({"layout": scene["layout"], "things": pair}))
+        return Sample([rng.choice(shapes.describe(scene)), claim], label)
