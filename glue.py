@@ -130,9 +130,10 @@ class GLUE(Task):
             out.append(logits.argmax(1) if self.labels else logits[:, 0].float())
         return losses.gather(torch.cat(out))[: len(source)].tolist()
 
+    def published(self, source):
+        return source[0].label is not None
+
     def results(self, predicted, source):
-        if source[0].label is None:
-            return {}
         right = [self.target(source[i]).item() for i in range(len(source))]
         return {name: metric(predicted, right) for name, metric in self.metrics.items()}
 

@@ -166,20 +166,27 @@ class Task(Stage):
             advice = f"fine-tune it first: finetune.py --task {args.stage} --init {start.path}"
             raise UserError(f"{start.path} (stage {start.stage}) has no head for task {args.stage}: {advice}")
 
+    def published(self, source):
+        """Whether the right answers are known."""
+        return True
+
     def measure(self, split, device):
         source = self.sources[split]
         return self.results(self.answers(source, device), source)
 
     def evaluate(self, args, run):
         """Measures split args.split, and writes the predictions to args.predictions, if that is a
-        path."""
+        path. UserError if there would be nothing to do."""
         source = self.sources[args.split]
+        if not self.published(source) and not args.predictions:
+            advice = "--predictions writes yours for the server"
+            raise UserError(f"split {args.split} has no published answers: {advice}")
         run.print(f"{args.split}: {len(source)} {self.unit}")
         predicted = self.answers(source, run.device, args.batch_size)
         if args.predictions and run.main:
             official = self.submission(predicted, source).encode()
             runtime.write(args.predictions, lambda file: file.write(official))
-        return self.results(predicted, source)
+        return self.results(predicted, source) if self.published(source) else {}
 
     @torch.no_grad()
     def answers(self, source, device, batch=64):

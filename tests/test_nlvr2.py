@@ -1,15 +1,12 @@
-"""NLVR2: accuracy and consistency by hand, the published files, the two images of a statement."""
+"""NLVR2: accuracy and consistency by hand, and the published files."""
 
 import json
 
 import pytest
-import torch
-from conftest import bare
 from test_vqa import picture
 
 import data
 import nlvr2 as task
-from mome import CONFIGS, VLMo, classifier
 from nlvr2 import Statement
 from runtime import UserError
 
@@ -27,24 +24,6 @@ def test_a_sentence_is_consistent_if_it_is_judged_right_with_all_its_pairs():
     predicted = [label == correct for label, correct in zip(labels, right.values())]
     results = task.accuracies(predicted, statements)
     assert results == pytest.approx({"accuracy": 100 * 5 / 8, "consistency": 100 * 2 / 4})
-
-
-def test_the_head_reads_the_statement_with_the_left_and_with_the_right_image():
-    torch.manual_seed(0)
-    model = VLMo(CONFIGS["tiny"]).eval()
-    stage = bare(task.NLVR2, model, head=classifier(model.config, 2 * 128, 2))
-    for parameter in stage.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    text, mask = torch.randint(5, 512, (2, 24)), torch.arange(24) < torch.tensor([[5], [9]])
-    left, right = torch.randint(0, 256, (2, 2, 3, 48, 48)).byte()
-    with torch.no_grad():
-        pooled = [
-            torch.tanh(model.pooler(model.encode_pair(text, mask, image, image_type)[:, 0]))
-            for image, image_type in ((left, 1), (right, 2))
-        ]
-        batch = {"text": text, "mask": mask, "image": torch.stack([left, right], 1)}
-        logits = stage.predict(batch)
-    torch.testing.assert_close(logits, stage.head(torch.cat(pooled, 1)), atol=1e-5, rtol=1e-5)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -98,29 +77,23 @@ def test_files_are_read_in_the_layout_of_the_release(tmp_path):
     ],
 )
 def test_files_that_do_not_fit_are_refused(changes, tmp_path):
-    nlvr2(tmp_path, **changes)
     with pytest.raises(UserError):
-        task.read([tmp_path], "val", 8)
+        task.read([nlvr2(tmp_path, **changes)], "val", 8)
 
 
 def test_the_real_sentences_fit_generated_pictures(shared, tmp_path):
-    for name, split, count in (("dev", "val", 1500), ("test1", "test", 500)):
-        lines = (shared / "data" / "nlvr2" / f"{name}.json").read_text()
-        (tmp_path / f"{name}.json").write_text(lines)
-        (tmp_path / name).mkdir()
-        for entry in map(json.loads, lines.splitlines()):
-            pair = entry["identifier"].rsplit("-", 1)[0]
-            for side in (0, 1):  # only their names are looked at
-                (tmp_path / name / f"{pair}-img{side}.png").touch()
-        assert len(task.read([tmp_path], split, 8)) == count
+    lines = (shared / "data/nlvr2/dev.json").read_text()
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev.json").write_text(lines)
+    for entry in map(json.loads, lines.splitlines()):
+        pair = entry["identifier"].rsplit("-", 1)[0]
+        for side in (0, 1):  # only their names are looked at
+            (tmp_path / f"dev/{pair}-img{side}.png").touch()
+    assert len(task.read([tmp_path], "val", 8)) == 1500
 
 
 def test_the_world_has_four_pairs_of_images_per_statement():
     source = task.WorldStatements("test", 32, count=50)
     assert len(source) == 200 and source[6].id == "test-1-2-0"
-    for first in range(0, 200, 4):
-        four = [source[first + k] for k in range(4)]
-        assert len({statement.text for statement in four}) == 1
-        assert sum(statement.label for statement in four) == 2
     results = task.accuracies([True] * 200, [source[i] for i in range(200)])
     assert results == {"accuracy": 50, "consistency": 0}

@@ -5,22 +5,20 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from PIL import Image
+from test_vqa import picture
 
 import data
 import sources
 from runtime import UserError
 
 
+def options(folder, splits, exclude=None):
+    return SimpleNamespace(data=[folder], splits=splits, exclude=exclude)
+
+
 def pairs(folder, *splits):
     """{split: source} of pictures with captions."""
-    args = SimpleNamespace(data=[folder], splits=splits or ["train"])
-    return sources.read_pairs(args, 8)
-
-
-def picture(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8)).save(path)
+    return sources.read_pictures(options(folder, splits or ["train"]), 8, captions=True)
 
 
 def manifest(folder, *lines, split="train"):
@@ -39,40 +37,51 @@ def test_manifest(tmp_path):
     assert source[0] == data.Picture(file, ["one", ""], "7")
     assert source[1] == data.Picture(file, ["é\u2028\x85"], file)
     assert len(source) == 2 and source.by_text and source.image(1).size == (8, 8)
-    assert source.count_captions() == 3 and source.corpus() == ["one", "", "é\u2028\x85"]
+    assert source.caption_counts().tolist() == [2, 1] and source.corpus() == ["one", "", "é\u2028\x85"]
 
 
-def test_a_wrong_line_of_a_manifest_is_named(tmp_path):
+def test_a_wrong_line_of_a_manifest_is_refused(tmp_path):
+    picture(tmp_path / "a.png")
     captions = (None, "x", [], ["x", 5], ["\ud800"])
     wrong = [GOOD | {"captions": value} for value in captions]
-    for line in (*wrong, GOOD | {"item": ["y"]}, GOOD | {"image": 5}, [1], "{"):
+    wrong += [GOOD | {"item": ["y"]}, GOOD | {"image": 5}, GOOD | {"image": "b.png"}, [1], "{"]
+    for line in wrong:
         manifest(tmp_path, GOOD, line)
-        with pytest.raises(UserError, match="train.jsonl, line 2"):
+        with pytest.raises(UserError):
             pairs(tmp_path)
 
 
-def test_missing_images_are_counted_and_the_first_named(tmp_path):
-    picture(tmp_path / "a.png")
-    manifest(tmp_path, GOOD, *(GOOD | {"image": f"sub/{i}.png"} for i in range(7)))
-    with pytest.raises(UserError, match="7 of the 8 images .*sub/0.png, .*sub/4.png, …"):
-        pairs(tmp_path)
-
-
 def test_training_needs_every_folder_and_other_splits_those_that_have_them(tmp_path):
-    for name, splits in {"a": ["train", "val"], "b": ["train"], "c": ["val"], "d": []}.items():
-        picture(tmp_path / name / "a.png")
-        for split in splits:
-            manifest(tmp_path / name, GOOD, split=split)
-    a, b, c, d = [tmp_path / name for name in "abcd"]
+    both, train, none = folders = [tmp_path / name for name in ("both", "train", "none")]
+    for folder in folders:
+        picture(folder / "a.png")
+    manifest(both, GOOD, split="val")
+    manifest(both, GOOD)
+    manifest(train, GOOD)
     read = lambda split, *folders: sources.pictures(folders, split, 8, captions=True)
-    assert len(read("train", a, b)) == 2 and len(read("val", a, b)) == 1
-    for folders in ([a, c], [d]):
+    assert len(read("train", both, train)) == 2 and len(read("val", both, train)) == 1
+    for split, folders in [("train", [both, none]), ("val", [train]), ("train", [none])]:
         with pytest.raises(data.Absent):
-            read("train", *folders)
-    manifest(d, "")
-    for folder, error in [(d, data.Absent), (d / "a.png", UserError), (d / "absent", UserError)]:
-        with pytest.raises(error):
-            pairs(folder)
+            read(split, *folders)
+    for folder in (none / "a.png", tmp_path / "absent"):
+        with pytest.raises(UserError):
+            read("train", folder)
+
+
+def test_excluded_pictures_are_left_out_of_training_only(tmp_path):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    for split in ("train", "test"):
+        manifest(tmp_path, *(GOOD | {"image": f"{name}.png"} for name in "abc"), split=split)
+    names = tmp_path / "names.txt"
+    names.write_text("b.png\nother.png\n")
+    found = sources.read_pictures(options(tmp_path, ["train", "test"], names), 8)
+    left = [os.path.basename(found["train"][i].image) for i in range(len(found["train"]))]
+    assert left == ["a.png", "c.png"] and len(found["test"]) == 3
+    for useless in ("other.png", "a.png\nb.png\nc.png"):
+        names.write_text(useless)
+        with pytest.raises(UserError):
+            sources.read_pictures(options(tmp_path, ["train"], names), 8)
 
 
 def karpathy(folder, name, *images):
@@ -100,44 +109,40 @@ def test_karpathys_coco_and_flickr30k(tmp_path):
     assert len(pairs(coco, "test")["test"]) == 1
 
 
-def test_a_malformed_record_is_one_line_with_its_file_and_number(tmp_path):
+def test_a_malformed_file_of_karpathys_is_refused(tmp_path):
+    picture(tmp_path / "a.jpg")
     good = entry("a.jpg", "train", "A dog.")
     wrong = [good | {"sentences": value} for value in (None, [], [{"tokens": []}], [{"raw": 5}])]
     for record in (*wrong, good | {"filename": 5}, {"filename": "a.jpg"}, ["a.jpg"], None):
         karpathy(tmp_path, "coco", good, record)
-        with pytest.raises(UserError, match=r"^.*dataset_coco\.json, images 1\b.*$"):
+        with pytest.raises(UserError):
             pairs(tmp_path)
     for content in (b"{", b"[]", b"{}", b'{"images": 5}', b"\xff"):
         (tmp_path / "dataset_coco.json").write_bytes(content)
-        with pytest.raises(UserError, match="^.*dataset_coco.json.*$"):
+        with pytest.raises(UserError):
             pairs(tmp_path)
 
 
 def images(folder):
     """{split: paths of its images}."""
-    args = SimpleNamespace(data=[folder], splits=data.SPLITS)
-    found = sources.read_pictures(args, 8)
+    found = sources.read_pictures(options(folder, data.SPLITS), 8)
     return {split: [source[i].image for i in range(len(source))] for split, source in found.items()}
 
 
-def test_an_image_folder_is_read_below_and_split_by_a_hash(tmp_path):
+def test_an_image_folder_is_split_by_a_hash_or_by_folders(tmp_path):
+    mixed, sorted_ = tmp_path / "mixed", tmp_path / "sorted"
     for i in range(200):
-        picture(tmp_path / str(i % 7) / f"{i}.{'JPG' if i % 2 else 'png'}")
-    (tmp_path / "notes.txt").write_text("no image")
-    picture(tmp_path / "train" / "a.png")  # a class of this name, not a split
-    os.rename(tmp_path / "train" / "a.png", os.fsencode(tmp_path / "train") + b"/\xff.png")
-    found = images(tmp_path)
+        picture(mixed / str(i % 7) / f"{i}.{'JPG' if i % 2 else 'png'}")
+    (mixed / "notes.txt").write_text("no image")
+    picture(mixed / "train" / "a.png")  # a class of this name, not a split
+    os.rename(mixed / "train" / "a.png", os.fsencode(mixed / "train") + b"/\xff.png")
+    found = images(mixed)
     assert len(found["train"]) > 180 and found["val"] and found["test"]
     assert len(sum(found.values(), [])) == len(set().union(*found.values())) == 201
-    source = sources.pictures([tmp_path], "train", 8)
-    assert source[0] == data.Picture(found["train"][0], [], found["train"][0])
-    assert source.image(3).size == (8, 8)
 
-
-def test_an_image_folder_may_have_splits(tmp_path):
-    paths = {split: [str(tmp_path / split / "a.png")] for split in ("train", "val")}
+    paths = {split: [str(sorted_ / split / "a.png")] for split in ("train", "val")}
     for split in paths:
-        picture(tmp_path / split / "a.png")
-    assert images(tmp_path) == paths
-    manifest(tmp_path, GOOD | {"image": "val/a.png"})  # then it is a folder of pairs
-    assert images(tmp_path) == {"train": paths["val"]}
+        picture(sorted_ / split / "a.png")
+    assert images(sorted_) == paths
+    manifest(sorted_, GOOD | {"image": "val/a.png"})  # then it is a folder of pairs
+    assert images(sorted_) == {"train": paths["val"]}

@@ -1,0 +1,153 @@
+"""GLUE: metrics worked out by hand, the official files, samples, predictions."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import call
+
+import checkpoint
+import data
+import evaluate
+import finetune
+import glue
+import shapes
+import texts
+from runtime import UserError
+
+# ---- Metrics -------------------------------------------------------------------------------------
+
+
+def test_metrics_by_hand():
+    predicted, right = [1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0]
+    assert glue.accuracy(predicted, right) == pytest.approx(50)
+    assert glue.f1(predicted, right) == pytest.approx(40)  # precision 1/3, recall 1/2
+    # Matthews: (TP·TN − FP·FN) / √((TP+FP)(TP+FN)(TN+FP)(TN+FN))
+    assert glue.pearson(predicted, right) == pytest.approx(100 * (1 * 2 - 2 * 1) / (3 * 2 * 4 * 3) ** 0.5)
+    assert glue.pearson([1, 1, 0, 0], [1, 0, 0, 0]) == pytest.approx(100 / 3**0.5)
+    assert glue.pearson([1.0, 2.0, 4.0], [10.0, 8.0, 4.0]) == pytest.approx(-100)
+    assert glue.ranks([3.0, 1.0, 3.0, 2.0]).tolist() == [3.5, 1, 3.5, 2]
+    assert glue.spearman([1.0, 2.0, 9.0], [0.1, 5.0, 5.1]) == pytest.approx(100)
+    assert glue.pearson([0, 0, 0], [0, 1, 0]) == glue.f1([0, 0], [0, 0]) == 0
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+HEADERS = {  # of the official files, and the columns of texts and label
+    "CoLA": ("source label mark sentence", "sentence", "label"),
+    "SST-2": ("sentence label", "sentence", "label"),
+    "MRPC": ("Quality|#1 ID|#2 ID|#1 String|#2 String", "#1 String|#2 String", "Quality"),
+    "QQP": ("id qid1 qid2 question1 question2 is_duplicate", "question1 question2", "is_duplicate"),
+    "STS-B": ("index genre filename year old_index source1 source2 sentence1 sentence2 score",
+              "sentence1 sentence2", "score"),
+    "MNLI": ("index promptID pairID sentence1 sentence2 label1 gold_label", "sentence1 sentence2", "gold_label"),
+    "QNLI": ("index question sentence label", "question sentence", "label"),
+    "RTE": ("index sentence1 sentence2 label", "sentence1 sentence2", "label"),
+}  # fmt: skip
+NAMES = {kind.folder: name for name, kind in glue.TASKS.items()}
+
+
+def split(names):
+    return names.split("|") if "|" in names else names.split(" ")
+
+
+def write(folder, task, file, labels):
+    """A file of a task: line i has texts "i first", "i second" and a label; None: the column is not
+    there."""
+    header, columns, label = map(split, HEADERS[task])
+    if labels[0] is None:
+        header = [name for name in header if name != label[0]]
+    lines = [] if task == "CoLA" and "test" not in file else ["\t".join(header)]
+    for i, value in enumerate(labels):
+        row = {name: "x" for name in header} | {label[0]: value}
+        row |= {name: f'{i} "{end}' for name, end in zip(columns, ("first", "second"))}
+        lines.append("\t".join(str(row[name]) for name in header))
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    (folder / task / file).write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("task", HEADERS)
+def test_official_files_are_read(task, tmp_path):
+    kind = glue.TASKS[NAMES[task]]
+    stage = kind.__new__(kind)
+    labels = kind.labels or ["3.200", "0.5"]
+    write(tmp_path, task, kind.files["val"], labels)
+    write(tmp_path, task, kind.files["test"], [None, None])
+    with open(tmp_path / task / kind.files["val"], "a") as file:
+        file.write("a line that is cut off\n")
+    source, test = (stage.read([str(tmp_path)], name) for name in ("val", "test"))
+    count = len(split(HEADERS[task][1]))
+    for i, label in enumerate(labels):
+        assert source[i] == ([f'{i} "first', f'{i} "second'][:count], label)
+    assert len(source) == len(labels) and len(test) == 2 and test[0].label is None
+    target = [kind.target(stage, source[i]).item() for i in range(len(source))]
+    assert target == pytest.approx(list(range(len(labels))) if kind.labels else [3.2, 0.5])
+    with pytest.raises(data.Absent):
+        stage.read([str(tmp_path)], "train")
+
+
+# ---- Samples, training and predictions -----------------------------------------------------------
+
+
+def test_two_texts_have_a_separator_and_the_longer_is_cut():
+    words = texts.Words(texts.train_tokenizer(["a b c d e f g h"], 40), 9)
+    ids = {letter: words.tokenizer.token_to_id(letter) for letter in "abcdefgh"}
+    found, mask = words.encode("a b", "c d e f g h")
+    wanted = [words.cls, ids["a"], ids["b"], words.sep, *(ids[x] for x in "cdef"), words.sep]
+    assert found.tolist() == wanted and mask.all()
+    assert words.encode("a", "b")[0].tolist()[:5] == [words.cls, ids["a"], words.sep, ids["b"], words.sep]
+
+
+def test_a_caption_follows_from_another_in_half_of_the_cases():
+    world, follow = glue.WorldEntailment("train", 1, count=400), 0
+    for i in range(400):
+        (premise, claim), label = world[i]
+        scene = world.scene(i)
+        assert premise in shapes.describe(scene)
+        things = scene["things"]
+        pairs = [(a, b) for k, a in enumerate(things) for b in things[k + 1 :]]
+        right = [shapes.describe({"layout": scene["layout"], "things": list(pair)}) for pair in pairs]
+        assert (claim in sum(right, [])) == (label == "entailment")
+        follow += label == "entailment"
+    assert 160 < follow < 240
+
+
+@pytest.mark.parametrize("name", ["sts-b", "mnli"])
+def test_from_official_files_to_a_submission(name, stages, tmp_path, monkeypatch, capsys):
+    kind = glue.TASKS[name]
+    labels = (kind.labels or ["1.5", "4.0"]) * 12
+    for file in set(kind.files.values()):
+        write(tmp_path, kind.folder, file, labels[:6] if "test" not in file else [None] * 5)
+    run = ["--task", name, "--init", stages / "vl/last.pt", "--data", tmp_path, "--batch-size", 8]
+    call(monkeypatch, finetune, *run, "--epochs", 4, "--out", tmp_path / "out")
+    found = checkpoint.read(tmp_path / "out/best.pt")
+    assert found.extra["choices"] == kind.labels
+    trained = checkpoint.read(tmp_path / "out/last.pt")
+    assert set(trained.head) == {"weight", "bias"}
+    ask = ["--task", name, "--checkpoint", tmp_path / "out/last.pt", "--data", tmp_path]
+    call(monkeypatch, evaluate, *ask, "--split", "val")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == kind.metrics.keys()
+    call(monkeypatch, evaluate, *ask, "--predictions", tmp_path / "answers.tsv")
+    header, *lines = (tmp_path / "answers.tsv").read_text().splitlines()
+    assert header == "index\tprediction" and [line.split("\t")[0] for line in lines] == list("01234")
+    said = [line.split("\t")[1] for line in lines]
+    assert all(answer in kind.labels if kind.labels else float(answer) for answer in said)
+    with pytest.raises(UserError):  # nothing to measure, and nothing to write
+        call(monkeypatch, evaluate, *ask, "--split", "test")
+
+
+def test_predictions_are_means_of_squares_or_classes(stages):
+    """The loss of a number is its squared error, that of a class its cross-entropy."""
+    start = checkpoint.read(stages / "vl/last.pt")
+    for name, target in (("sts-b", torch.tensor([1.0, 4.5])), ("rte", torch.tensor([0, 1]))):
+        kind = glue.TASKS[name]
+        args = SimpleNamespace(stage=name, splits=[], data=["x"], head_factor=1.0, seed=0, vocab=None)
+        stage = kind(args, start.config, start, None).eval()
+        ids, mask = stage.words.encode_all(["a red circle", "a blue star left of a ring"])
+        batch = {"text": ids, "mask": mask, "target": target}
+        logits = stage.head(stage.model.encode_text(ids, mask)[:, 0])
+        expected = (logits[:, 0] - target).square().mean()
+        if name == "rte":
+            expected = -logits.log_softmax(1)[[0, 1], target].mean()
+        torch.testing.assert_close(stage(batch)["loss"], expected)
