@@ -15,7 +15,6 @@ from PIL import Image
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tests are small; threads of several processes would wait for each other
 multiprocessing.set_forkserver_preload(["torch._dynamo", "tokenizers", "PIL.Image"])  # once for all
@@ -29,7 +28,6 @@ from stage import Stage
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes, or gigabytes; runs with -m slow only")
     config.option.markexpr = config.option.markexpr or "not slow"
-    multiprocessing.forkserver.ensure_running()  # it imports while the first tests run
 
 
 # ---- Scripts -------------------------------------------------------------------------------------
@@ -64,8 +62,8 @@ def metrics(folder):
 
 def assert_close_metrics(one, two, rel=1e-3):
     """Two folders have the same entries, up to rounding and the machine's speed."""
-    speed = dict.fromkeys([f"{unit}_per_s" for unit in ("pairs", "images", "texts", "statements")], 0)
     for first, second in zip(metrics(one), metrics(two), strict=True):
+        speed = {name: 0 for name in first if name.endswith("_per_s")}
         assert first.pop("split", None) == second.pop("split", None)
         assert first | speed == pytest.approx(second | speed, rel=rel)
 
@@ -156,6 +154,11 @@ def _start(rank, world, port, group, function, arguments, folder):
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forkserver():
+    multiprocessing.forkserver.ensure_running()  # it imports while the first tests run
+
+
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory):
     def run(world, function, *arguments, group=True):
@@ -171,6 +174,7 @@ def processes(tmp_path_factory):
 
 @pytest.fixture
 def shared():
-    if not SHARED.is_dir():
-        pytest.skip(f"needs the data next to the checkout ({SHARED.name}/ is not there)")
-    return SHARED
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs shared/ next to the checkout")
+    return folder

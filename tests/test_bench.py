@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import bare, batch_of, call
+from torch._dynamo.utils import counters
 
 import bench
 import losses
@@ -17,9 +18,10 @@ from mome import CONFIGS, Config, VLMo
 from stages import VL
 
 SMALL = Config(
-    dim=24, layers=3, heads=3, vl_layers=1, image_size=16, patch_size=4, vocab_size=50, max_text_len=24
+    dim=24, layers=3, heads=3, vl_layers=1, image_size=16, patch_size=4, vocab_size=50,
+    max_text_len=24,
 )  # fmt: skip
-CPU = runtime.Runtime()
+CPU, COMPILE = runtime.Runtime(), torch.compile
 
 
 def stage_of(names="itc itm mlm", negatives="global", **switches):
@@ -66,21 +68,33 @@ def test_the_fast_step_is_the_textbooks_on_two_processes(processes):
     processes(2, compare, "itc itm mlm", {"negatives": "local"})
 
 
-def no_compiler(*_):
-    raise torch._dynamo.exc.TorchDynamoException("there is none")
-
-
-COMPILERS = [None, functools.partial(torch.compile, backend="eager"), no_compiler]
-
-
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_recomputed_and_compiled_blocks_change_nothing(compiler, monkeypatch):
+def graphs_of(monkeypatch, **flags):
+    """Speeds up a stage, which must change nothing → how many graphs were compiled."""
     stage = stage_of("itc", layers=2, drop_path=0.3)
     plain = step(stage)
-    monkeypatch.setattr(torch, "compile", compiler)
-    args = SimpleNamespace(recompute=not compiler, compile=bool(compiler))
-    runtime.speed_up(stage, args, CPU)
+    monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    runtime.speed_up(stage, SimpleNamespace(**flags), CPU)
     torch.testing.assert_close(step(stage), plain, rtol=1e-9, atol=1e-12)
+    return counters["stats"]["unique_graphs"]
+
+
+def test_recomputed_and_compiled_blocks_change_nothing(monkeypatch):
+    assert graphs_of(monkeypatch, recompute=True, compile=False) == 0
+    alone = graphs_of(monkeypatch, recompute=False, compile=True)
+    assert alone > 2  # one is the compiler's test
+    assert graphs_of(monkeypatch, recompute=True, compile=True) == alone
+
+
+def test_without_a_compiler_blocks_run_as_they_are(monkeypatch):
+    def no_compiler(*_):
+        raise torch._dynamo.exc.TorchDynamoException("there is none")
+
+    stage = stage_of("itc")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    runtime.speed_up(stage, SimpleNamespace(recompute=False, compile=True), CPU)
+    assert not any("forward" in vars(block) for block in stage.blocks())
 
 
 def test_flops_and_memory_by_hand():

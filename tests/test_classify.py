@@ -79,14 +79,14 @@ def answers(kind, batch, length=24):
 
 
 def standardised():
-    """The features of eight pictures, standardised as a linear probe of them does."""
-    stage, source = random_stage(Probe), WorldClasses("train", 16, count=8)
+    """The features of nine pictures, standardised as a linear probe of them does."""
+    stage, source = random_stage(Probe), WorldClasses("train", 16, count=9)
     stage.head = torch.nn.Sequential(Standardise(32))
     args = dict(batch_size=504, accumulate=1, workers=0, seed=0, data=["shapes"], augment="none")
     args = SimpleNamespace(**args)
     stage.samples = [data.Images(source, 16, args)]
     stage.prepare(args, SimpleNamespace(rank=losses.rank(), world=losses.world(), device=CPU))
-    [image] = data.pictures(source, [range(8)], 16, CPU)
+    [image] = data.pictures(source, [range(9)], 16, CPU)
     rows = stage.model.encode_image(image)  # [I_CLS], and four patches
     torch.testing.assert_close(stage.features(image), rows[:, -4:].sum(1) / 4)
     return stage.head(stage.features(image))

@@ -207,3 +207,14 @@ def test_the_loader_stops_at_too_many_unreadable_images(read, most):
     assert loader.unreadable == most and loader.read == read
     with pytest.raises(runtime.UserError):
         data.Loader([], options(), options()).on_device({"unreadable": counts + (counts > 0)})
+
+
+def test_evaluation_reads_images_in_order_and_stops_at_an_unreadable_one():
+    source = Pictures(9, broken=(7,))
+    views = data.pictures(source, [[3, 1], [0, 7]], 4, "cpu")
+    assert next(views)[:, :, 0, 3].tolist() == [[30] * 3, [10] * 3]
+    with pytest.raises(data.Unreadable):
+        next(views)
+    source.image = lambda i: (Pictures.image(source, i), Pictures.image(source, i + 1))
+    [pairs] = data.pictures(source, [[0, 2]], 4, "cpu")
+    assert pairs[:, :, 0, 0, 0].tolist() == [[0, 10], [20, 30]]

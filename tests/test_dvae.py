@@ -11,11 +11,17 @@ import losses
 SMALL = dvae.DVAEConfig(grid=3, codes=6, width=8)
 
 
-def test_codes_and_decoded_pixels_go_with_the_cells_of_the_grid():
-    """A cell, here the leftmost of the lowest row, reaches three others to each side."""
+def tokenizer():
+    """A tokenizer of random weights with several codes, and an image of 8 × 8 cells."""
     torch.manual_seed(0)
     model = dvae.Tokenizer(dvae.DVAEConfig(grid=8, codes=50, width=8))
-    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    model.encoder[-1].bias.data.zero_()
+    return model, torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+
+
+def test_codes_and_decoded_pixels_go_with_the_cells_of_the_grid():
+    """A cell, here the leftmost of the lowest row, reaches three others to each side."""
+    model, image = tokenizer()
     other = image.clone()
     other[:, :, 56:, :8] = 255 - other[:, :, 56:, :8]
     changed = (model(image, 1.0)[2] != model(other, 1.0)[2]).any(-1).view(8, 8)  # of the logits
@@ -29,23 +35,23 @@ def test_codes_and_decoded_pixels_go_with_the_cells_of_the_grid():
 
 
 def test_a_certain_draw_is_the_likeliest_code():
-    torch.manual_seed(0)
-    model, image = dvae.Tokenizer(SMALL), torch.rand(2, 3, 24, 24)
-    for parameter in model.encoder[-1].parameters():
-        parameter.data *= 1e6
-    pixels, reconstruction, logits = model(image, 0.1)
-    assert torch.equal(pixels, image) and torch.equal(logits.argmax(-1), model.encode(image))
-    torch.testing.assert_close(reconstruction, model.decode(model.encode(image)))
+    model, image = tokenizer()
+    model.encoder[-1].weight.data *= 1e6
+    _, reconstruction, logits = model(image, 0.1)
+    codes = model.encode(image)
+    assert torch.equal(codes, logits.argmax(-1)) and len(codes.unique()) > 2
+    torch.testing.assert_close(reconstruction, model.decode(codes))
 
 
 def test_images_of_any_size_and_kind_are_scaled_to_eight_pixels_a_cell():
     model = dvae.Tokenizer(SMALL)
-    image = torch.full((2, 3, 48, 48), 255, dtype=torch.uint8)
-    image[:, :, :, 24:] = 0
-    pixels = model.pixels(image)
-    assert pixels.shape == (2, 3, 24, 24)
-    assert pixels[..., :10].eq(1).all() and pixels[..., 14:].eq(-1).all()
-    assert torch.equal(model.pixels(pixels), pixels)  # normalised already, and of the right size
+    for side in (12, 48):
+        image = torch.full((2, 3, side, side), 255, dtype=torch.uint8)
+        image[:, :, :, side // 2 :] = 0
+        pixels = model.pixels(image)
+        assert pixels.shape == (2, 3, 24, 24)
+        assert pixels[..., :10].eq(1).all() and pixels[..., 14:].eq(-1).all()
+        assert torch.equal(model.pixels(pixels), pixels)  # normalised, and of the right size
 
 
 def test_losses_by_hand():

@@ -48,8 +48,7 @@ def batch_with_hidden(modality, lengths):
 
 
 def stage_of(kind, **attributes):
-    """A stage with a decoder per modality, no parameter of which is left at a symmetric start, and a
-    batch for each."""
+    """A stage, no parameter of which is left at a symmetric start, and a batch per modality."""
     torch.manual_seed(0)
     stage = bare(kind, VLMo(SMALL), negatives="global", aligned=["itc", "itm"], normalised=False)
     stage.loss_weights = dict.fromkeys(LOSSES[kind], 1.0)

@@ -1,6 +1,8 @@
 """Ranks and recall on matrices written by hand; search and reranking in blocks, batches and several
 processes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import train_tokenizer_once
@@ -133,14 +135,23 @@ def test_any_number_of_processes_and_any_batch_give_the_same_answer(many):
         assert other == whole
 
 
-def test_reordering_by_hand():
-    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0], [0.0, 5.0, 5.5, 6.0], [4.0, 3.0, 2.0, 1.0]])
-    best, column = scores.topk(2)
-    odds = torch.tensor([[0.0, 2.0], [-3.0, 0.0], [0.0, -100.0]])
-    new = retrieval.reorder(scores, best, column, odds)
+def test_reordering_by_hand(monkeypatch):
+    asked, odds = [], torch.tensor([[0.0, 2.0], [-3.0, 0.0], [0.0, -100.0]])
+
+    def given(self, image, caption):
+        asked.append((image.tolist(), caption.tolist()))
+        return odds.flatten()
+
+    monkeypatch.setattr(retrieval.Reranker, "odds", given)
+    model = SimpleNamespace(scale=lambda: 10)
+    reranker = retrieval.Reranker(model, None, None, None, 2, "cpu", batch=64)
+    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.0, 0.5, 0.55, 0.6], [0.4, 0.3, 0.2, 0.1]])
     # 4 < 3 + 2; 6 − 3 < 5.5; and a match that the head does not believe stays before the others
     order = [[1, 0, 2, 3], [2, 3, 1, 0], [0, 1, 2, 3]]
-    assert new.argsort(1, descending=True).tolist() == order
+    for rerank in (reranker.captions, reranker.pictures):
+        assert rerank(scores, 5).argsort(1, descending=True).tolist() == order
+    queries, answers = [5, 5, 6, 6, 7, 7], [0, 1, 3, 2, 0, 1]
+    assert asked == [(queries, answers), (answers, queries)]
 
 
 def test_the_log_odds_are_those_of_each_pair():
@@ -159,15 +170,12 @@ def test_the_log_odds_are_those_of_each_pair():
 
 
 def test_with_log_odds_that_know_the_truth_the_right_pair_comes_first(monkeypatch):
-    asked = []
-
     def odds(self, image, caption):
-        asked.append(len(image))
         return torch.tensor([1000.0 * (int(i) in OWNERS[n]) for i, n in zip(image, caption)])
 
     monkeypatch.setattr(retrieval.Reranker, "odds", odds)
     model, words, _ = model_and_words()
-    results = retrieval.retrieval(model, SOURCE, words, "cpu", rerank=5)
-    assert asked == [7 * 5, 9 * 5]
+    results = retrieval.retrieval(model.train(), SOURCE, words, "cpu", rerank=5)
+    assert model.training
     for way in ("TR", "IR"):  # the head is asked about the best five only
         assert results[f"{way}@1"] < results[f"{way}@5"] == results[f"reranked {way}@1"]

@@ -1,6 +1,7 @@
 """Optimizer groups, schedule, seeds, files, the log."""
 
 import os
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,8 +13,6 @@ from torch import nn
 import runtime
 from mome import CONFIGS, VLMo
 from stage import Stage
-
-# ---- Optimization --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("switches", [{}, {"position": "relative", "layer_scale": 0.1}])
@@ -49,9 +48,6 @@ def test_seeds_differ_by_every_word():
     assert len(draws) == 6
 
 
-# ---- Files and the log ---------------------------------------------------------------------------
-
-
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
@@ -73,7 +69,8 @@ def log_in(folder, done=0, amp="off"):
 
 def test_lines_are_means_per_name_over_the_parts_that_have_it(tmp_path, monkeypatch):
     """As with --no-cmga, where the modalities take turns."""
-    monkeypatch.setattr(runtime.time, "perf_counter", iter(range(100)).__next__)  # 1 s from call to call
+    seconds = iter(range(100))  # one from call to call
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(seconds))
     log = log_in(tmp_path)
     for name, value in (("itc", 1.0), ("mim", 10.0), ("itc", 2.0), ("itc", 6.0)):
         log.add({name: torch.tensor(value)})  # two parts of each of two steps
@@ -112,7 +109,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_a_skipped_fp16_step_does_not
 def test_a_resumed_run_drops_later_lines_and_that_of_the_test_split(tmp_path):
     path = tmp_path / "metrics.jsonl"
     kept = ['{"step": 10}', '{"step": 20}', '{"step": 20, "split": "val"}']
-    dropped = ['{"step": 30}', '{"step": 20, "split": "test"}', '{"step": 4']  # killed while writing
+    dropped = ['{"step": 30}', '{"step": 20, "split": "test"}', '{"step": 4']  # the last is cut off
     path.write_text("\n".join(kept + dropped))
     log_in(tmp_path, done=20).line(step=30, itc=0.5)
     assert path.read_text().splitlines() == [*kept, '{"step": 30, "itc": 0.5}']
@@ -125,8 +122,8 @@ def test_a_resumed_run_drops_later_lines_and_that_of_the_test_split(tmp_path):
 
 
 def test_what_the_system_refuses_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsys):
-    status = []
-    monkeypatch.setattr(runtime.os, "_exit", status.append)
-    runtime.run(lambda: open(tmp_path, "w"))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="2"):
+        runtime.run(lambda: open(tmp_path, "w"))
     line = capsys.readouterr().err
-    assert status == [2] and line.count("\n") == 1 and str(tmp_path) in line
+    assert line.count("\n") == 1 and str(tmp_path) in line

@@ -48,6 +48,7 @@ def test_a_scene_is_drawn_where_its_caption_says():
 def test_captions_by_hand():
     a, b, c = "small red circle", "large blue ring", "small black star"
     assert shapes.describe(scene("column", a, b)) == [f"a {a} above a {b}", f"a {b} below a {a}"]
+    assert shapes.describe(scene("row", a, b))[1] == f"a {b} right of a {a}"
     assert shapes.describe(scene("row", a, b, c)) == [
         f"a {a}, a {b} and a {c} from left to right",
         f"a {c}, a {b} and a {a} from right to left",
@@ -89,6 +90,7 @@ def test_statements_by_hand_and_true_of_two_of_four_pairs(monkeypatch):
     for seed in range(3000):
         text, holds = shapes.state(random.Random(seed))
         stated[text] = holds(left, right)
+        assert not ("more" in text and holds(left, left))
     for text, true, false in [
         ("the left image shows a {} shape.", "blue", "green"),
         ("the right image shows a {} shape.", "green", "blue"),

@@ -84,7 +84,9 @@ def test_vocab_txt_and_tokenizer_json_read_back_and_nothing_else(words, tmp_path
         read = texts.Words(texts.load_tokenizer(tmp_path / name), 24)
         assert all(map(torch.equal, read.encode(CAPTIONS[1]), words.encode(CAPTIONS[1])))
 
-    twice, bpe = "\n".join([*texts.SPECIAL, "a", "b", "a"]), Tokenizer(models.BPE()).to_str()
+    twice = "\n".join([*texts.SPECIAL, "a", "b", "a"])
+    special = {piece: number for number, piece in enumerate(texts.SPECIAL)}
+    bpe = Tokenizer(models.BPE(special, [])).to_str()
     for wrong in ("[PAD]\na\n", twice, "{", bpe):
         path = tmp_path / ("wrong.json" if "{" in wrong else "wrong.txt")
         path.write_text(wrong)
