@@ -172,6 +172,20 @@ def test_vqa_from_its_files_to_a_submission(start, tmp_path, monkeypatch):
     assert checkpoint.read(tmp_path / "more/last.pt").args["steps"] == 4
 
 
+def test_other_classes_get_a_new_head(start, tmp_path, monkeypatch, capsys):
+    """As from ImageNet-22k to ImageNet-1k; a resumed run has the classes it had."""
+    for folder, classes in (("first", "ab"), ("second", "abc")):
+        for split in ("train", "val"):
+            for name in classes:
+                picture(tmp_path / folder / split / name / "1.png")
+    run = ["--task", "classify", *ONE_STEP, "--init"]
+    call(monkeypatch, finetune, *run, start, "--data", tmp_path / "first", "--out", tmp_path / "one")
+    again = [*run, tmp_path / "one/last.pt", "--data", tmp_path / "second", "--out", tmp_path / "two"]
+    call(monkeypatch, finetune, *again)
+    assert checkpoint.read(tmp_path / "two/last.pt").extra == {"choices": ["a", "b", "c"]}
+    assert capsys.readouterr().out.count("with a new head") == 2
+
+
 # ---- Mistakes ------------------------------------------------------------------------------------
 
 REFUSED = """

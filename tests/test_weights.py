@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import bare, call
 
 import checkpoint
@@ -278,3 +279,59 @@ def test_broken_files_and_wrong_flags_are_refused(convert, tmp_path):
     for place in (whole, tmp_path / "no" / "out.pt", tmp_path):  # never the released file itself
         refused(whole, out=place)
     assert not out.exists() and len(torch.load(whole)) == len(state)
+
+
+# ---- ViT and MAE ---------------------------------------------------------------------------------
+
+
+def vit(state, image, heads=12):
+    """A ViT as timm and MAE have it, written out: its rows after the final norm."""
+    D = state["cls_token"].shape[-1]
+
+    def norm(x, name):
+        return F.layer_norm(x, (D,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+    def linear(x, name):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    weight, bias = (state[f"patch_embed.proj.{part}"] for part in ("weight", "bias"))
+    x = F.conv2d(image, weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    x = torch.cat([state["cls_token"].expand(len(x), 1, D), x], dim=1) + state["pos_embed"]
+    for block in ("blocks.0", "blocks.1"):
+        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv")
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1) @ v
+        x = x + linear(y.transpose(1, 2).flatten(2), f"{block}.attn.proj")
+        y = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1")
+        x = x + linear(F.gelu(y), f"{block}.mlp.fc2")
+    return norm(x, "norm")
+
+
+def vit_state(D=768):
+    """A small ViT's tensors, keys' biases among them."""
+    shapes = {"cls_token": (1, 1, D), "pos_embed": (1, 5, D), "head.weight": (9, D), "mask_token": (1, 1, D)}
+    shapes |= {"patch_embed.proj.weight": (D, 3, 16, 16), "patch_embed.proj.bias": (D,)}
+    shapes |= {"norm.weight": (D,), "norm.bias": (D,), "decoder_embed.weight": (8, D)}
+    for block in ("blocks.0", "blocks.1"):
+        for name in ("norm1", "norm2"):
+            shapes |= {f"{block}.{name}.weight": (D,), f"{block}.{name}.bias": (D,)}
+        sizes = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D)}
+        for name, size in sizes.items():
+            shapes |= {f"{block}.{name}.weight": size, f"{block}.{name}.bias": size[:1]}
+    torch.manual_seed(0)
+    return {name: 0.1 * torch.randn(shape) for name, shape in shapes.items()}
+
+
+def test_a_vit_or_mae_computes_what_it_did_and_starts_the_ablations(tmp_path, monkeypatch):
+    """Without the keys' biases, which the softmax cancels."""
+    state, image = vit_state(), torch.randn(2, 3, 32, 32)
+    model, report = weights.from_beit(state)
+    torch.testing.assert_close(model.eval().encode_image(image), vit(state, image), rtol=0, atol=1e-5)
+    assert {report[name][0] for name in ("norm", "image_position", "patches")} == {"taken"}
+    assert report["types"][0] == "fresh" and report["decoder_embed.weight"][0] == "ignored"
+    torch.save({"model": state}, tmp_path / "mae.pth")
+    call(monkeypatch, weights, tmp_path / "mae.pth", "-o", tmp_path / "mae.pt")
+    start = checkpoint.read(tmp_path / "mae.pt")
+    for changed in ({"experts": "shared"}, {"attention": "separate"}):
+        other, _ = checkpoint.begin(replace(start.config, **changed), start, seed=0)
+        torch.testing.assert_close(other.eval().encode_image(image), model.encode_image(image))
