@@ -52,6 +52,7 @@ def test_missing_experts_are_copies_of_the_vision_expert_and_the_rest_is_fresh()
     for name, tensor in model.state_dict().items():
         source = name.replace(".language.", ".vision.").replace(".vl.", ".vision.")
         assert torch.equal(tensor, tensors.get(source, before[name]))
+    assert len({tensor.data_ptr() for tensor in model.state_dict().values()}) == len(before)
 
 
 @pytest.mark.parametrize("length", [5, 20])
@@ -178,6 +179,7 @@ def test_a_checkpoint_holds_what_was_learned_and_reads_back(tmp_path):
     new, nothing = checkpoint.begin(SMALL, None, seed=1)
     assert origin["words"] == "fresh" and origin["patches"] == "taken" and nothing == {}
     assert torch.equal(model.words.weight, new.words.weight)
+    assert not torch.equal(new.words.weight, checkpoint.begin(SMALL, None, seed=2)[0].words.weight)
     assert torch.equal(model.patches.weight, stage.model.patches.weight)
 
 
