@@ -10,6 +10,7 @@ Shape letters: b batch, T text tokens, N patches, S rows of a sequence, D dim, V
 visible rows, E width of a decoder, P = 3·patch_size² values of a patch, M hidden tokens.
 """
 
+import argparse
 import dataclasses
 import functools
 import random
@@ -117,6 +118,8 @@ class Decoder(nn.Module):
         position = [] if self.text_position is None else [self.text_position[:T]]
         position += [] if self.image_position is None else [self.image_position]
         position = torch.cat(position)  # (S, E)
+        if mask is not None:
+            position = position[: mask.shape[1]]  # a shared decoder has those of images for texts, too
         rows = torch.where(real[..., None], self.enter(rows), self.mask_token.to(rows.dtype))
         x = self.mask_token.to(rows.dtype).expand(len(rows), *position.shape)  # (b, S, E)
         x = x.scatter(1, place[..., None].expand_as(rows), rows) + position
@@ -201,6 +204,8 @@ class MoMo:
             raise UserError(f"{start.path}: MoMo has shared attention, and absolute positions")
         self.normalised = args.normalise_pixels
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
+        if args.shared_decoder:
+            modalities = ["pair"]  # its decoder has all positions and outputs
         shape = DECODERS[args.config]
         self.head = nn.ModuleDict({name: Decoder(config, shape, name) for name in modalities})
         if start and start.resumed:
@@ -208,12 +213,15 @@ class MoMo:
         self.takes_turns = args.stage != "momo-image" and args.no_cmga
 
     def trains(self, number):
-        """Whether this step trains modality 0 or 1: both in every step with CMGA, else in turn."""
-        return not self.takes_turns or self.step == 0 or self.step % 2 == number
+        """Whether this step trains modality 0, 1 or 2: all in every step with CMGA, else in turn."""
+        return not self.takes_turns or self.step == 0 or self.step % len(self.samples) == number
+
+    def decoder(self, modality):
+        return self.head[modality if modality in self.head else "pair"]
 
     def mim(self, images):
         """Eq. (1)."""
-        pixels, _ = reconstruct(self.model, self.head["image"], images)
+        pixels, _ = reconstruct(self.model, self.decoder("image"), images)
         return mim_loss(pixels, images["image"], images["hidden"], self.normalised)
 
     def mlm(self, batch):
@@ -223,7 +231,7 @@ class MoMo:
     def predict(self, batch):
         """→ logits (M, V) of the hidden tokens of a text."""
         inputs = {name: batch[name] for name in ("masked", "labels", "mask")}
-        return reconstruct(self.model, self.head["text"], inputs)[1]
+        return reconstruct(self.model, self.decoder("text"), inputs)[1]
 
 
 ENCODER = [name for name in FIELDS if name not in ("experts", "attention", "position", "text_reach")]
@@ -236,6 +244,8 @@ def momo_flags(parser, base, two=True, images="crop"):
     if two:
         texts = "plain text; shapes: that of the built-in world"
         group.add_argument("--texts", nargs="+", default=["shapes"], metavar="PATH", help=texts)
+        shared = "one decoder for all modalities (Table 6)"
+        group.add_argument("--shared-decoder", action="store_true", help=shared)
         turns = "the modalities take turns, an update for each (Table 6)"
         group = group.add_mutually_exclusive_group()
         group.add_argument("--no-simultaneous", action="store_true", help="one modality (Table 6)")
@@ -265,6 +275,7 @@ class MoMoImage(MoMo, Stage):
     @staticmethod
     def flags(parser, base):
         momo_flags(parser, base, two=False)
+        parser.set_defaults(shared_decoder=False)
 
     def __init__(self, args, config, start, run):
         super().__init__()
@@ -331,6 +342,7 @@ class MoMoVL(MoMo, VL):
     """Stage 3: contrast, matching (VLMo's, on whole pairs) and cross-modal masking (Eq. 3) on
     pairs, and hidden tokens of texts (Eq. 2) in every step."""
 
+    modalities = ["pair", "text"]
     recipe = {
         "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100),
         "base": dict(batch_size=4096, steps=161_000, warmup=16_100, lr=1e-4),
@@ -347,7 +359,7 @@ class MoMoVL(MoMo, VL):
     def __init__(self, args, config, start, run):
         Stage.__init__(self)
         check_two(args, unused=args.texts)
-        modalities = ["pair"] if args.no_simultaneous else ["pair", "text"]
+        modalities = ["pair"] if args.no_simultaneous else self.modalities
         self.negatives = args.negatives
         weights = {"cmm mim": 1.0, "cmm mlm": 1.0, "itc": args.itc_weight, "itm": args.itm_weight}
         if not args.no_simultaneous:
@@ -373,7 +385,7 @@ class MoMoVL(MoMo, VL):
         """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T)."""
         out = {}
         if self.trains(0):
-            pixels, logits = reconstruct(self.model, self.head["pair"], pairs)
+            pixels, logits = reconstruct(self.model, self.decoder("pair"), pairs)
             out["cmm mim"] = mim_loss(pixels, pairs["image"], pairs["hidden"], self.normalised)
             out["cmm mlm"] = mlm_loss(logits, pairs["labels"])  # Eq. (3) is the sum of these two
             out |= self.pair_losses(pairs, self.aligned)  # Eq. (4), and matching
@@ -383,6 +395,42 @@ class MoMoVL(MoMo, VL):
 
     def measure(self, split, device):
         return super().measure(split, device) | measure_texts(self, split, device)
+
+
+class MoMoAll(MoMoVL):
+    """Stages 2 and 3 in one (Table 5), or stage 3 with images: its losses, and hidden patches of
+    images (Eq. 1) in every step."""
+
+    modalities = ["pair", "text", "image"]
+
+    @staticmethod
+    def flags(parser, base):
+        images = "pictures; shapes: those of the built-in world"
+        group = parser.add_argument_group("stage momo-all")
+        group.add_argument("--images", nargs="+", default=["shapes"], metavar="PATH", help=images)
+        MoMoVL.flags(parser, base)
+
+    def __init__(self, args, config, start, run):
+        if args.no_simultaneous or (args.images == ["shapes"]) != (args.data == ["shapes"]):
+            raise UserError("stage momo-all has three modalities: name --data, --texts and --images")
+        super().__init__(args, config, start, run)
+        self.loss_weights["mim"] = 1.0
+        settings = argparse.Namespace(**vars(args) | {"data": args.images})
+        self.pictures = sources.read_pictures(settings, config.image_size)
+        self.samples.append(image_samples(self.pictures, settings, config))
+
+    def forward(self, pairs, texts, images):
+        """Batches as in stages momo-vl and momo-text."""
+        out = super().forward(pairs, texts)
+        if self.trains(2):
+            out["mim"] = self.mim(images)
+        return out
+
+    def measure(self, split, device):
+        results = super().measure(split, device)
+        if split in self.pictures:
+            results |= masked_pixels(self, self.pictures[split], device)
+        return results
 
 
 def hiding(modality, config):
@@ -422,7 +470,7 @@ def masked_pixels(stage, source, device):
         seen = patch_values(image, ~hidden, stage.normalised)
         mean = seen.unflatten(0, (len(image), -1)).mean(1)  # (n, P)
         guess = mean.repeat_interleave(len(wanted) // len(image), 0)  # (M, P)
-        pixels, _ = reconstruct(stage.model, stage.head["image"], {"image": image, "hidden": hidden})
+        pixels, _ = reconstruct(stage.model, stage.decoder("image"), {"image": image, "hidden": hidden})
         errors = [(one - wanted).float().square().mean(1).sum() for one in (pixels, guess)]
         found += torch.stack([*errors, errors[0].new_tensor(len(wanted))])
     error, guess, count = over_processes(found)

@@ -22,7 +22,7 @@ import data
 import runtime
 from dvae import DVAE
 from mome import CONFIGS, Config
-from momo import MoMoImage, MoMoText, MoMoVL
+from momo import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from runtime import UserError, at_least
 from stages import VL, Image, Text
 
@@ -34,6 +34,7 @@ STAGES = {
     "momo-image": MoMoImage,
     "momo-text": MoMoText,
     "momo-vl": MoMoVL,
+    "momo-all": MoMoAll,
 }
 
 # ---- The flags, read in two steps: first what decides which other flags there are ----------------

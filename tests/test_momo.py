@@ -20,7 +20,7 @@ import shapes
 import texts
 import train
 from mome import CONFIGS, Config, VLMo
-from momo import MoMoImage, MoMoText, MoMoVL
+from momo import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from runtime import UserError
 from texts import IGNORE
 
@@ -28,11 +28,17 @@ SMALL = Config(
     dim=24, layers=2, heads=3, image_size=16, patch_size=4, vocab_size=50, max_text_len=24,
     experts="shared",
 )  # fmt: skip
-MODALITIES = {MoMoImage: ["image"], MoMoText: ["text", "image"], MoMoVL: ["pair", "text"]}
+MODALITIES = {
+    MoMoImage: ["image"],
+    MoMoText: ["text", "image"],
+    MoMoVL: ["pair", "text"],
+    MoMoAll: ["pair", "text", "image"],
+}
 LOSSES = {
     MoMoImage: ["mim"],
     MoMoText: ["mlm", "mim"],
     MoMoVL: ["cmm mim", "cmm mlm", "itc", "itm", "mlm"],
+    MoMoAll: ["cmm mim", "cmm mlm", "itc", "itm", "mlm", "mim"],
 }
 INPUTS = {"image": ["image", "hidden"], "text": ["masked", "labels", "mask"]}
 
@@ -47,20 +53,22 @@ def batch_with_hidden(modality, lengths):
     return {name: batch[name] for name in INPUTS.get(modality, batch)}
 
 
-def stage_of(kind, **attributes):
+def stage_of(kind, shared=False, **attributes):
     """A stage, no parameter of which is left at a symmetric start, and a batch per modality."""
     torch.manual_seed(0)
     stage = bare(kind, VLMo(SMALL), negatives="global", aligned=["itc", "itm"], normalised=False)
     stage.loss_weights = dict.fromkeys(LOSSES[kind], 1.0)
-    decoders = {name: momo.Decoder(SMALL, (1, 16, 2), name) for name in MODALITIES[kind]}
+    names = ["pair"] if shared else MODALITIES[kind]
+    decoders = {name: momo.Decoder(SMALL, (1, 16, 2), name) for name in names}
     stage.head = torch.nn.ModuleDict(decoders)
     for name, value in attributes.items():
         setattr(stage, name, value)
     with torch.no_grad():
         for parameter in stage.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    lengths = [9, 3, 14, 6], [12, 24, 7, 20]
-    return stage.double(), list(map(batch_with_hidden, MODALITIES[kind], lengths))
+    lengths = [9, 3, 14, 6], [12, 24, 7, 20], [3, 3, 3, 3]
+    stage.samples = list(map(batch_with_hidden, MODALITIES[kind], lengths))
+    return stage.double(), stage.samples
 
 
 # ---- Hiding, the encoder, the decoders -----------------------------------------------------------
@@ -87,11 +95,12 @@ def plain_rows(model, decoder, batch, i):
     return decoder.norm(rows)[0, hidden]
 
 
-@pytest.mark.parametrize("kind", [MoMoText, MoMoVL])
-def test_visible_rows_are_encoded_and_hidden_ones_reconstructed_at_their_places(kind):
-    stage, batches = stage_of(kind)
-    for modality, batch in zip(MODALITIES[kind], batches):
-        decoder, model = stage.head[modality], stage.model
+@pytest.mark.parametrize("shared", [False, True])
+def test_visible_rows_are_encoded_and_hidden_ones_reconstructed_at_their_places(shared):
+    stage, batches = stage_of(MoMoAll, shared)
+    for modality, batch in zip(MODALITIES[MoMoAll], batches):
+        decoder, model = stage.decoder(modality), stage.model
+        assert decoder is stage.head["pair" if shared else modality]
         samples = [plain_rows(model, decoder, batch, i) for i in range(4)]
         pixels, logits = momo.reconstruct(model, decoder, batch)
         patches = 0 if pixels is None else 12  # hidden ones per image
@@ -211,6 +220,15 @@ def test_the_stages_train_one_from_another_and_serve_a_task(small_world, tmp_pat
     call(monkeypatch, finetune, *task, "--out", tmp_path / "task")
 
 
+def test_three_modalities_take_part_in_the_combined_stage(small_world, tmp_path, monkeypatch):
+    flags = ["--stage", "momo-all", "--shared-decoder", *SIZE, *BRIEF]
+    call(monkeypatch, train, *flags, "--out", tmp_path)
+    found, entries = checkpoint.read(tmp_path / "last.pt"), metrics(tmp_path)
+    assert {name.split(".")[0] for name in found.head} == {"pair"}
+    assert set(LOSSES[MoMoAll]) <= entries[0].keys()
+    assert {"TR@1", "perplexity", "error"} <= entries[-1].keys()
+
+
 def test_two_processes_train_and_measure_as_one(processes, tmp_path, monkeypatch):
     """Also where the modalities take turns."""
     folder = pictures(tmp_path / "pictures", count=16)
@@ -229,7 +247,7 @@ REFUSED = """
 momo-text --texts absent.txt | momo-text --no-simultaneous --texts absent.txt
 momo-text --no-simultaneous --no-cmga | momo-text --no-simultaneous --data tests
 momo-vl --no-simultaneous --texts tests | momo-text --max-text-len 2
-momo-image --init VL
+momo-image --init VL | momo-all --no-simultaneous | momo-all --images tests
 """
 
 
