@@ -25,11 +25,6 @@ import train
 from stage import Stage
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes, or gigabytes; runs with -m slow only")
-    config.option.markexpr = config.option.markexpr or "not slow"
-
-
 # ---- Scripts -------------------------------------------------------------------------------------
 
 KNOWN = {}  # tokenizers, trained once for all tests that ask for the same

@@ -136,7 +136,7 @@ def test_any_number_of_processes_and_any_batch_give_the_same_answer(many):
 
 
 def test_reordering_by_hand(monkeypatch):
-    asked, odds = [], torch.tensor([[0.0, 2.0], [-3.0, 0.0], [0.0, -100.0]])
+    asked, odds = [], torch.tensor([[0.0, 2.0], [-3.0, 0.0], [0.0, -100.0], [0.0, 0.5]])
 
     def given(self, image, caption):
         asked.append((image.tolist(), caption.tolist()))
@@ -145,12 +145,14 @@ def test_reordering_by_hand(monkeypatch):
     monkeypatch.setattr(retrieval.Reranker, "odds", given)
     model = SimpleNamespace(scale=lambda: 10)
     reranker = retrieval.Reranker(model, None, None, None, 2, "cpu", batch=64)
-    scores = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.0, 0.5, 0.55, 0.6], [0.4, 0.3, 0.2, 0.1]])
-    # 4 < 3 + 2; 6 − 3 < 5.5; and a match that the head does not believe stays before the others
-    order = [[1, 0, 2, 3], [2, 3, 1, 0], [0, 1, 2, 3]]
+    falling, rising = [0.4, 0.3, 0.2, 0.1], [0.0, 0.5, 0.55, 0.6]
+    scores = torch.tensor([falling, rising, falling, falling])
+    # 4 < 3 + 2; 6 − 3 < 5.5; a match that the head does not believe stays before the others;
+    # 4 > 3 + 0.5
+    order = [[1, 0, 2, 3], [2, 3, 1, 0], [0, 1, 2, 3], [0, 1, 2, 3]]
     for rerank in (reranker.captions, reranker.pictures):
         assert rerank(scores, 5).argsort(1, descending=True).tolist() == order
-    queries, answers = [5, 5, 6, 6, 7, 7], [0, 1, 3, 2, 0, 1]
+    queries, answers = [5, 5, 6, 6, 7, 7, 8, 8], [0, 1, 3, 2, 0, 1, 0, 1]
     assert asked == [(queries, answers), (answers, queries)]
 
 
