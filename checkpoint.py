@@ -106,7 +106,7 @@ class Checkpoint:
         """Gives a stage the tensors of another step of its own run."""
         stage.model.load_state_dict(stage.model.state_dict() | self.tensors)
         stage.head.load_state_dict(self.head)
-        run.print(f"{self.path} is of step {self.step}, the best on split val; measured with it:")
+        run.print(f"{self.path} is of step {self.step}, the best on split val")
 
     def release(self):
         """Forgets the tensors: the model has them, or copies of them."""
@@ -258,12 +258,13 @@ def counterparts(tensors, own):
     model has as shared and the file for vision, or the reverse (Tables 5 and 7)."""
     renamed, changed = {}, set()
     for name, tensor in tensors.items():
+        new_name = name
         for old, new in (("vision", "shared"), ("shared", "vision")):
             other = name.replace(f".{old}.", f".{new}.")
             if name not in own and other in own:
-                name = other
-                changed.add(name)
-        renamed[name] = tensor
+                new_name = other
+                changed.add(other)
+        renamed[new_name] = tensor
     return renamed, changed
 
 

@@ -39,7 +39,7 @@ class Classify(Task):
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         self.tokenizer = start.tokenizer if start else None  # of an earlier stage with text
 
-        train = self.sources.get("train")  # None in an evaluation
+        train = self.sources["train"] if args.training else None
         self.set_choices(sorted(labels(train)) if train else None)
         for source in self.sources.values():
             if unknown := labels(source).difference(self.choices):

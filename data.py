@@ -56,7 +56,7 @@ def flags(parser, images=None, text=False, exclude=True):
         mirrored = "mirror no image, for texts that say left and right (the built-in world never is)"
         group.add_argument("--no-flip", action="store_true", help=mirrored)
     if images and exclude:
-        names = "names of image files, one a line, that training leaves out: test images of a task"
+        names = "names of image files (without folders), one a line, that training leaves out"
         group.add_argument("--exclude", metavar="FILE", help=names)
     if text:
         known = "(default: the checkpoint's, or a new one)"
@@ -136,7 +136,7 @@ AUGMENTATIONS = ("none", "crop", "randaugment")
 
 def augment(image, size, rng, kind="randaugment", flip=False):
     """A training view (S, S): "none" (resized), "crop" (random resized crop), "randaugment" (crop,
-    then both)."""
+    then two operations). flip: half of them are mirrored."""
     image = resize(image, size) if kind == "none" else random_resized_crop(image, size, rng)
     if flip and rng.random() < 0.5:
         image = ImageOps.mirror(image)

@@ -27,12 +27,12 @@ def parse():
     parser.add_argument(
         "--data", nargs="+", default=["shapes"], metavar="DIR", help="shapes: the built-in world"
     )
-    splits = "train, val, test; of VQA 2.0 also test-dev and minival"
+    splits = "train, val, test; VQA 2.0: also test-dev, minival; MNLI: also val-mismatched, test-mismatched"
     parser.add_argument("--split", default="test", help=splits)
     parser.add_argument("--vocab", metavar="FILE", help="if weights.py imported without one")
     parser.add_argument("--batch-size", type=at_least(1), default=64)
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
-    parser.set_defaults(seed=0, head_factor=1.0, predictions=None, exclude=None)
+    parser.set_defaults(training=False, seed=0, head_factor=1.0, predictions=None, exclude=None)
     Task.evaluation_flags(parser)
     args = parser.parse_args()
     if args.predictions and not Path(args.predictions).resolve().parent.is_dir():

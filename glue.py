@@ -8,7 +8,7 @@ Shape letters: b local batch, T text tokens, D dim, C classes.
 """
 
 import csv
-import random
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ import texts
 from data import Absent
 from mome import initialise
 from runtime import UserError
-from sources import Records, read_splits, task_folder
+from sources import Records, read_splits, read_text, task_folder
 from stage import Task, task_flags
 from texts import cut
 
@@ -89,7 +89,7 @@ class GLUE(Task):
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
         splits = args.splits
-        if "train" in splits and args.data != ["shapes"]:
+        if args.training and args.data != ["shapes"]:
             splits = ["train", "val"]  # the answers of test are not published
         self.sources = read_splits(splits, lambda split: self.read(args.data, split))
         self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
@@ -97,7 +97,7 @@ class GLUE(Task):
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         self.set_choices(self.labels)
         self.set_head(initialise(nn.Linear(config.dim, max(1, len(self.labels))), config))
-        if "train" in self.sources:
+        if args.training:
             self.samples = [Sentences(self.sources["train"], self.words, self.target)]
 
     def target(self, record):
@@ -142,31 +142,37 @@ class GLUE(Task):
         answers = [self.labels[k] for k in predicted] if self.labels else predicted
         return "index\tprediction\n" + "".join(f"{i}\t{answer}\n" for i, answer in enumerate(answers))
 
-    def read(self, paths, split):
+    @classmethod
+    def read(cls, paths, split):
         """The source of a split of --data. Absent if there is none of that name."""
         if list(paths) == ["shapes"]:
             raise Absent("of GLUE's tasks, the built-in world has rte only: name a folder with --data")
-        if split not in self.files:
-            raise Absent(f"{self.folder} has no split {split}, but {', '.join(self.files)}")
-        path = task_folder(paths) / self.folder / self.files[split]
+        if split not in cls.files:
+            raise Absent(f"{cls.folder} has no split {split}, but {', '.join(cls.files)}")
+        path = task_folder(paths) / cls.folder / cls.files[split]
         if not path.exists():
             raise Absent(f"{path}: no such file; --data takes the folder of GLUE's unpacked archives")
-        source = Records(Sample, self.rows(path))
+        source = Records(Sample, cls.samples_of(path, split))
         if not len(source):
-            raise UserError(f"{path} has no line with the columns {', '.join(self.columns)}")
+            raise UserError(f"{path} has no line with the columns {', '.join(cls.columns)}")
         return source
 
-    def rows(self, path):
-        """Records of a file. Lines without all columns are left out, as usual: QQP has a few."""
-        with open(path, encoding="utf-8", newline="") as file:
-            names = self.header(path)
-            for row in csv.DictReader(file, names, delimiter="\t", quoting=csv.QUOTE_NONE):
-                found, label = [row.get(column) for column in self.columns], row.get(self.label)
-                known = label in self.labels if self.labels else label is not None
-                if all(found) and (known or "test" in path.name):
-                    yield Sample(found, label if known else None)
+    @classmethod
+    def samples_of(cls, path, split):
+        """Records of a file. Lines without all columns are left out, as usual (QQP has a few), but of
+        test, whose lines are numbered."""
+        lines = read_text(path).removeprefix("\ufeff").split("\n")  # MRPC begins with that sign
+        for row in csv.DictReader(lines, cls.header(split), delimiter="\t", quoting=csv.QUOTE_NONE):
+            sentences = [row.get(column) or "" for column in cls.columns]
+            label = row.get(cls.label)
+            has_label = label in cls.labels if cls.labels else bool(label)
+            if split.startswith("test"):
+                yield Sample(sentences, None)
+            elif all(sentences) and has_label:
+                yield Sample(sentences, label)
 
-    def header(self, path):
+    @classmethod
+    def header(cls, split):
         """Names of the columns; None: they are in the first line."""
         return None
 
@@ -174,44 +180,57 @@ class GLUE(Task):
 class CoLA(GLUE):
     """Is a sentence acceptable?"""
 
-    folder, columns = "CoLA", ["sentence"]
-    best, metrics = "matthews", {"matthews": pearson, "accuracy": accuracy}
+    folder = "CoLA"
+    columns = ["sentence"]
+    best = "matthews"
+    metrics = {"matthews": pearson, "accuracy": accuracy}
 
-    def header(self, path):
-        return None if path.name == "test.tsv" else ["source", "label", "mark", "sentence"]
+    @classmethod
+    def header(cls, split):
+        return None if split == "test" else ["source", "label", "mark", "sentence"]
 
 
 class SST2(GLUE):
     """Is a sentence about a film positive?"""
 
-    folder, columns = "SST-2", ["sentence"]
+    folder = "SST-2"
+    columns = ["sentence"]
 
 
 class MRPC(GLUE):
     """Do two sentences say the same?"""
 
-    folder, columns, label = "MRPC", ["#1 String", "#2 String"], "Quality"
+    folder = "MRPC"
+    columns = ["#1 String", "#2 String"]
+    label = "Quality"
     metrics = {"accuracy": accuracy, "f1": f1}
 
 
 class QQP(GLUE):
     """Do two questions ask the same?"""
 
-    folder, columns, label = "QQP", ["question1", "question2"], "is_duplicate"
+    folder = "QQP"
+    columns = ["question1", "question2"]
+    label = "is_duplicate"
     metrics = {"accuracy": accuracy, "f1": f1}
 
 
 class STSB(GLUE):
     """How similar are two sentences, from 0 to 5?"""
 
-    folder, label, labels = "STS-B", "score", []
-    best, metrics = "pearson", {"pearson": pearson, "spearman": spearman}
+    folder = "STS-B"
+    label = "score"
+    labels = []
+    best = "pearson"
+    metrics = {"pearson": pearson, "spearman": spearman}
 
 
 class MNLI(GLUE):
     """Does the second sentence follow from the first, contradict it, or neither?"""
 
-    folder, label, labels = "MNLI", "gold_label", ["contradiction", "entailment", "neutral"]
+    folder = "MNLI"
+    label = "gold_label"
+    labels = ["contradiction", "entailment", "neutral"]
     files = {
         "train": "train.tsv",
         "val": "dev_matched.tsv",
@@ -224,7 +243,8 @@ class MNLI(GLUE):
 class QNLI(GLUE):
     """Does a sentence answer a question?"""
 
-    folder, columns = "QNLI", ["question", "sentence"]
+    folder = "QNLI"
+    columns = ["question", "sentence"]
     labels = ["entailment", "not_entailment"]
 
 
@@ -232,9 +252,11 @@ class RTE(GLUE):
     """Does the second sentence follow from the first? In the built-in world: one caption from
     another."""
 
-    folder, labels = "RTE", ["entailment", "not_entailment"]
+    folder = "RTE"
+    labels = ["entailment", "not_entailment"]
 
-    def read(self, paths, split):
+    @classmethod
+    def read(cls, paths, split):
         return WorldEntailment(split, 1) if list(paths) == ["shapes"] else super().read(paths, split)
 
 
@@ -258,6 +280,10 @@ class Sample(NamedTuple):
     texts: list  # one or two
     label: str | None  # None where it is not published
 
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
 
 class Sentences(Dataset):
     """Training samples, indexed by (epoch, index): text, mask (T,); target, a tensor."""
@@ -280,12 +306,12 @@ class WorldEntailment(shapes.World):
     a thing that the scene does not have, half name its things in the wrong order."""
 
     def __getitem__(self, i):
-        scene, rng = self.scene(i), random.Random(f"entailment {i}")
-        first, last = sorted(rng.sample(range(len(scene["things"])), 2))
-        pair, label = [scene["things"][first], scene["things"][last]], "entailment"
+        scene, rng = self.scene(i), self.rng("entailment", i)
+        pairs = list(map(list, itertools.combinations(scene["things"], 2)))  # in their order
+        pair, label = list(rng.choice(pairs)), "entailment"
         if rng.random() < 0.5:
             label = "not_entailment"
-            if pair[0] == pair[1] or rng.random() < 0.5:
+            if pair[::-1] in pairs or rng.random() < 0.5:
                 while pair[0] in scene["things"]:
                     pair[0] = shapes.make_thing(rng)
             else:

@@ -234,7 +234,8 @@ class MoMo:
         return reconstruct(self.model, self.decoder("text"), inputs)[1]
 
 
-ENCODER = [name for name in FIELDS if name not in ("experts", "attention", "position", "text_reach")]
+NOT_HERE = ("experts", "vl_layers", "attention", "position", "text_reach")
+ENCODER = [name for name in FIELDS if name not in NOT_HERE]
 
 
 def momo_flags(parser, base, two=True, images="crop"):
@@ -242,8 +243,8 @@ def momo_flags(parser, base, two=True, images="crop"):
     group = parser.add_argument_group("MoMo")
     group.add_argument("--normalise-pixels", action="store_true", help="targets per patch, as MAE's")
     if two:
-        texts = "plain text; shapes: that of the built-in world"
-        group.add_argument("--texts", nargs="+", default=["shapes"], metavar="PATH", help=texts)
+        plain = "plain text; shapes: that of the built-in world"
+        group.add_argument("--texts", nargs="+", default=["shapes"], metavar="PATH", help=plain)
         shared = "one decoder for all modalities (Table 6)"
         group.add_argument("--shared-decoder", action="store_true", help=shared)
         turns = "the modalities take turns, an update for each (Table 6)"
@@ -345,7 +346,7 @@ class MoMoVL(MoMo, VL):
     modalities = ["pair", "text"]
     recipe = {
         "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100),
-        "base": dict(batch_size=4096, steps=161_000, warmup=16_100, lr=1e-4),
+        "base": dict(batch_size=4096, steps=161_000, warmup=16_100, lr=1e-4, max_text_len=196),
     }
 
     @staticmethod
@@ -411,11 +412,13 @@ class MoMoAll(MoMoVL):
         MoMoVL.flags(parser, base)
 
     def __init__(self, args, config, start, run):
-        if args.no_simultaneous or (args.images == ["shapes"]) != (args.data == ["shapes"]):
-            raise UserError("stage momo-all has three modalities: name --data, --texts and --images")
+        if args.no_simultaneous:
+            raise UserError("stage momo-all is simultaneous")
+        if (args.images == ["shapes"]) != (args.data == ["shapes"]):
+            raise UserError("--data and --images: name both, or leave both to the built-in world")
         super().__init__(args, config, start, run)
         self.loss_weights["mim"] = 1.0
-        settings = argparse.Namespace(**vars(args) | {"data": args.images})
+        settings = argparse.Namespace(**vars(args) | {"data": args.images, "exclude": None})
         self.pictures = sources.read_pictures(settings, config.image_size)
         self.samples.append(image_samples(self.pictures, settings, config))
 

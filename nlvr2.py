@@ -51,7 +51,7 @@ class NLVR2(Task):
         if not self.trained:  # the second image's type starts from the first's, as released
             self.model.types.data[2] = self.model.types.data[1]
         self.set_head(classifier(config, 2 * config.dim, 2))
-        if "train" in self.sources:
+        if args.training:
             train = self.sources["train"]
             self.samples = [Examples(train, self.words, self.target, config.image_size, args)]
 

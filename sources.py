@@ -76,7 +76,7 @@ def read_splits(names, read):
 def read_pictures(args, image_size, captions=False):
     """{split: source} of the pictures that --data names; of training without those that --exclude
     names. captions: they must have captions."""
-    names = set(read_text(args.exclude).split("\n")) if args.exclude else set()
+    names = {line.strip() for line in read_text(args.exclude).splitlines()} if args.exclude else set()
     found = read_splits(args.splits, lambda split: pictures(args.data, split, image_size, captions))
     if names and args.data == ["shapes"]:
         raise UserError("--exclude: the built-in world has no files")

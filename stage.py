@@ -111,7 +111,7 @@ def weight_flag(group, name, default):
 
 class Task(Stage):
     """A task that chooses, for each sample, among answers, truth values or classes (Section 3.5).
-    Without "train" in args.splits it only evaluates a checkpoint.
+    Without args.training it only evaluates a checkpoint.
 
     Besides the methods of a stage a subclass has
 

@@ -229,7 +229,7 @@ class VL(Stage):
         self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer
         self.model, self.origin = checkpoint.begin(config, start, args.seed, copies=not args.fresh_experts)
-        if "train" in self.sources:
+        if args.training:
             self.samples = [data.Pairs(self.sources["train"], self.words, config.image_size, args)]
 
     def measured(self):

@@ -72,7 +72,7 @@ def parse(stages, option, default, description):
     base = Stage.architecture(start.config if start and name != "dvae" else CONFIGS[size])
     defaults = Stage.recipe.get(size, Stage.recipe["base"]) | {"stage": name, "config": size, "out": out}
     if start and start.stage == name:
-        defaults.pop("max_text_len", None)  # a checkpoint of this stage keeps its own
+        defaults["max_text_len"] = base.max_text_len  # a checkpoint of this stage keeps its own
     if start and start.resumed:
         defaults |= start.args | {"out": out, "resume": True}
 
@@ -92,7 +92,7 @@ def parse(stages, option, default, description):
 
 def run_flags(parser, tuned):
     """Flags of every run. tuned: a task's run is measured in epochs, and chooses its best step."""
-    parser.set_defaults(splits=data.SPLITS)
+    parser.set_defaults(splits=data.SPLITS, training=True)
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=at_least(0), default=0, help="of all random choices")
     group.add_argument("--save-every", type=at_least(1), default=1000, metavar="STEPS", help="write last.pt")

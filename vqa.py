@@ -50,14 +50,13 @@ class VQA(Task):
         self.sources = read_sources(args, config.image_size)
         self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer
+        self.set_choices(answers_to_learn(args, self.sources) if args.training else None)
         fresh = ["pooler"] if not self.trained and args.fresh_pooler else []
         self.model, self.origin = checkpoint.begin(config, start, args.seed, fresh)
-
-        train = self.sources.get("train")  # None in an evaluation
-        self.set_choices(answers_to_learn(args, self.sources) if train else None)
         self.numbers = {answer: k for k, answer in enumerate(self.choices)}
         self.set_head(classifier(config, config.dim, len(self.choices)))
-        if train:
+        if args.training:
+            train = self.sources["train"]
             self.samples = [Examples(train, self.words, self.target, config.image_size, args)]
 
     def target(self, question):
@@ -120,7 +119,7 @@ class WorldQuestions(shapes.World):
 
 def read_sources(args, image_size):
     """{split: source} of --data. Training leaves out test2015, whose answers are not published."""
-    if "train" not in args.splits or args.data == ["shapes"]:
+    if not args.training or args.data == ["shapes"]:
         return read_splits(args.splits, lambda split: read(args.data, split, image_size))
     names = {"train": "trainval", "val": "minival"} if args.trainval else {}
     splits = ["train", "val"]

@@ -395,7 +395,7 @@ def main():
     tokenizer = read_tokenizer(args.vocab, released, args.file) if args.vocab else None
     choices = read_answers(args.answers, released, args.file) if args.answers else None
 
-    # Only what the file has: what starts fresh, or as a copy, is for the next stage to decide
+    # What the file has, and neutral types and norm: the rest is for the next stage to decide
     tensors = {name: t for name, t in model.state_dict().items() if name in released.tensors}
     content = {
         "stage": stage,

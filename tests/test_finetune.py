@@ -65,6 +65,8 @@ def test_evaluation_finds_what_the_run_said_at_its_end(
     call(monkeypatch, evaluate, *ask, *(["--rerank", 3] if task == "retrieval" else []))
     results = answer(capsys)
     assert ("reranked IR@10" in results) == (task == "retrieval")
+    if task in ("vqa", "retrieval", "probe"):  # what it was trained on, with the head it has
+        call(monkeypatch, evaluate, *ask, "--split", "train")
     expected = {name: test.get(name, results[name]) for name in results}
     assert results == pytest.approx(expected, abs=0.01) and results.keys() & test.keys()
     if task in ("classify", "probe"):  # only the probe's features are standardised

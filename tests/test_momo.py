@@ -184,10 +184,11 @@ HEADS = {"itc_image", "itc_text", "logit_scale", "pooler", "itm_head"}
 LEARNS = {MoMoImage: IMAGE, MoMoText: TEXT | IMAGE, MoMoVL: TEXT | IMAGE | HEADS}
 
 
-def test_base_has_as_many_active_parameters_as_table_1_says():
+@pytest.mark.parametrize("size, counts", [("base", (110, 86, 110)), ("large", (335, 303, 335))])
+def test_active_parameters_are_those_of_table_1(size, counts):
     with torch.device("meta"):
-        model = VLMo(replace(CONFIGS["base"], experts="shared"))
-    for groups, millions in ((TEXT, 110), (IMAGE, 86), (TEXT | IMAGE, 110)):
+        model = VLMo(replace(CONFIGS[size], experts="shared"))
+    for groups, millions in zip((TEXT, IMAGE, TEXT | IMAGE), counts):
         named = model.named_parameters()
         count = sum(p.numel() for name, p in named if checkpoint.group(name) in groups)
         assert count == pytest.approx(millions * 1e6, rel=0.015)
@@ -204,7 +205,7 @@ def test_the_stages_train_one_from_another_and_serve_a_task(small_world, tmp_pat
 
         # Weights of the losses, the batch, lengths of texts, how much is hidden: as the paper says
         stage, kind = begun[-1], train.STAGES[name]
-        recipe, length = kind.recipe["base"], 196 if kind is MoMoText else None
+        recipe, length = kind.recipe["base"], None if kind is MoMoImage else 196
         assert recipe["batch_size"] == 64 * 64 and recipe.get("max_text_len") == length
         assert stage.loss_weights == dict.fromkeys(LOSSES[kind], 1.0)
         assert set(checkpoint.trainable(stage.model)) == LEARNS[kind]

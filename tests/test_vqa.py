@@ -103,7 +103,7 @@ def test_files_are_read_as_downloaded(tmp_path):
 
 def test_trainval_and_minival_share_no_image_and_lose_none(tmp_path):
     vqa(vqa(tmp_path), "val2014", ids=range(100, 400))
-    args = SimpleNamespace(data=[str(tmp_path)], splits=data.SPLITS, trainval=True)
+    args = SimpleNamespace(data=[str(tmp_path)], training=True, splits=data.SPLITS, trainval=True)
     found = task.read_sources(args, 8)
     most, few = ([record.image for record in found[split]] for split in ("train", "val"))
     assert len(most) + len(few) == 303 and 0 < len(few) < 20 and set(most).isdisjoint(few)
