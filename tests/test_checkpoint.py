@@ -55,6 +55,16 @@ def test_missing_experts_are_copies_of_the_vision_expert_and_the_rest_is_fresh()
     assert len({tensor.data_ptr() for tensor in model.state_dict().values()}) == len(before)
 
 
+def test_missing_experts_may_start_from_random_weights():
+    tensors, config, model = pair({}, {}, COPIED)
+    before = copy.deepcopy(model.state_dict())
+    how = checkpoint.fit(model, tensors, config, "x.pt", copies=False)
+    fresh = {name for name, way in how.items() if way == "fresh"}
+    assert fresh == {"blocks.*.experts.language", "blocks.*.experts.vl"}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name] if checkpoint.group(name) in fresh else tensors[name])
+
+
 @pytest.mark.parametrize("length", [5, 20])
 def test_positions_are_resampled_around_the_cls_and_cut_or_continued_for_text(length):
     tensors, config, model = pair({}, {"image_size": 32, "max_text_len": length})

@@ -170,6 +170,16 @@ def test_drop_path_drops_whole_branches_keeps_the_mean_and_grows_with_depth():
     assert [block.expert_branch.drop for block in blocks] == pytest.approx([0.0, 0.1, 0.2])
 
 
+def test_text_embeddings_have_dropout_at_the_rate_of_drop_path():
+    torch.manual_seed(0)
+    model, text = MoME(replace(SMALL, drop_path=0.25)), torch.randint(50, (200, 12))
+    with torch.no_grad():
+        trained, plain = (model.train(mode).embed_words(text) - model.types[0] for mode in (True, False))
+    dropped = trained.abs() < 1e-6
+    assert abs(dropped.float().mean() - 0.25) < 0.01 and not (plain.abs() < 1e-6).all(-1).any()
+    torch.testing.assert_close(trained[~dropped], plain[~dropped] / 0.75, atol=1e-5, rtol=1e-4)
+
+
 def test_scale_is_held_at_100_and_can_come_back():
     model, _, _, _ = model_and_batch()
     with torch.no_grad():
