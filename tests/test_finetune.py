@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_close_metrics, call, main_of, metrics
+from conftest import assert_close_metrics, bare, call, main_of, metrics
 from test_nlvr2 import nlvr2
 from test_vqa import picture, vqa
 
@@ -152,6 +152,10 @@ def test_a_head_keeps_the_order_of_its_choices_and_another_task_has_its_own(
         found = checkpoint.read(tmp_path / task / "last.pt")
         moved = (found.head["1.weight"] - content["head"]["1.weight"]).abs().max()
         assert (found.extra == content["extra"]) == (moved < 1e-3) == (task == "classify")
+    trained = SimpleNamespace(extra={"choices": ["dog", "cat"]})
+    stage = bare(classify.Classify, None, trained=trained)
+    stage.set_choices(["cat", "dog"])
+    assert stage.choices == ["dog", "cat"]  # also in the targets
 
 
 def test_vqa_from_its_files_to_a_submission(start, tmp_path, monkeypatch):
