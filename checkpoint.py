@@ -170,7 +170,9 @@ def learned(model, taken):
 
 def prepare(stage, args, run, resumed):
     """Makes the folder of a run, and writes config.json. An earlier run in it is moved aside,
-    unless it is resumed. → its path"""
+    unless it is resumed. → its path. UserError, before that, if there is nothing to measure."""
+    if args.eval_every and "val" not in stage.measured():
+        raise UserError("--eval-every needs a val split, and something that can be measured on it")
     out = Path(args.out)
     if not run.main:
         return out

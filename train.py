@@ -151,8 +151,6 @@ def freeze_unread(stage, batches, run):
 
 def train(stage, args, run, start=None):
     """The loop of every stage and every task."""
-    if args.eval_every and "val" not in stage.measured():
-        raise UserError("--eval-every needs a val split, and something that can be measured on it")
     resumed = bool(start and start.resumed)
     done, record = (start.step, start.record) if resumed else (0, -math.inf)
 
@@ -171,7 +169,6 @@ def train(stage, args, run, start=None):
         start.release()
     runtime.speed_up(stage, args, run)
     model = run.wrap(stage)
-    parameters = [p for p in stage.parameters() if p.requires_grad]
 
     # The folder of the run
     out = checkpoint.prepare(stage, args, run, resumed)
@@ -199,7 +196,7 @@ def train(stage, args, run, start=None):
 
         # Update; under fp16 the scaler skips a gradient that is not finite
         scaler.unscale_(optimizer)
-        log.end_step(nn.utils.clip_grad_norm_(parameters, args.clip or math.inf))
+        log.end_step(nn.utils.clip_grad_norm_(stage.parameters(), args.clip or math.inf))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
