@@ -217,6 +217,7 @@ class MoMo:
         return not self.takes_turns or self.step == 0 or self.step % len(self.samples) == number
 
     def decoder(self, modality):
+        """The modality's own decoder, or the one that all share."""
         return self.head[modality if modality in self.head else "pair"]
 
     def mim(self, images):
