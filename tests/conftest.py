@@ -22,7 +22,6 @@ multiprocessing.set_forkserver_preload(["torch._dynamo", "tokenizers", "PIL.Imag
 import shapes
 import texts
 import train
-from stage import Stage
 
 
 # ---- Scripts -------------------------------------------------------------------------------------
@@ -124,15 +123,6 @@ def batch_of(config, lengths, seed=0):
     image = torch.randint(0, 256, (b, 3, S, S), generator=g, dtype=torch.uint8)
     batch = {"image": image, "text": text, "mask": mask, "masked": masked}
     return batch | {"labels": labels, "ids": ids}
-
-
-def bare(kind, model, **attributes):
-    """A stage of class `kind` around a model, without data; the rest of its state by name."""
-    stage = kind.__new__(kind)
-    Stage.__init__(stage)
-    for name, value in {"model": model, **attributes}.items():
-        setattr(stage, name, value)
-    return stage
 
 
 # ---- Processes -----------------------------------------------------------------------------------

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bare, batch_of, call
+from conftest import batch_of, call
 from torch._dynamo.utils import counters
 
 import bench
 import losses
 import runtime
+from bench import bare
 from mome import CONFIGS, Config, VLMo
 from stages import VL
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import bare
 
 import checkpoint
 import runtime
+from bench import bare
 from mome import Config, VLMo
 from runtime import UserError
 from stages import VL

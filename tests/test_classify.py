@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import bare, train_tokenizer_once
+from conftest import train_tokenizer_once
 from test_vqa import picture
 
 import data
 import finetune
 import losses
+from bench import bare
 from classify import Probe, Standardise, WorldClasses, read
 from mome import Config, VLMo, classifier
 from nlvr2 import NLVR2, WorldStatements

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_close_metrics, bare, call, main_of, metrics
+from conftest import assert_close_metrics, call, main_of, metrics
 from test_nlvr2 import nlvr2
 from test_vqa import picture, vqa
 
@@ -16,6 +16,7 @@ import data
 import evaluate
 import finetune
 import glue
+from bench import bare
 from runtime import UserError
 
 BRIEF = ["--batch-size", 8, "--log-every", 1]

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import bare
 
 import losses
+from bench import bare
 from mome import Config, VLMo
 from stages import VL
 

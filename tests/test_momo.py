@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    BRIEF, SIZE, assert_close_metrics, bare, batch_of, call, main_of, metrics, pictures
+    BRIEF, SIZE, assert_close_metrics, batch_of, call, main_of, metrics, pictures
 )  # fmt: skip
 
 import checkpoint
@@ -19,6 +19,7 @@ import momo
 import shapes
 import texts
 import train
+from bench import bare
 from mome import CONFIGS, Config, VLMo
 from momo import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from runtime import UserError

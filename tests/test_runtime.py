@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import bare, metrics
+from conftest import metrics
 from torch import nn
 
 import runtime
+from bench import bare
 from mome import CONFIGS, VLMo
 from stage import Stage
 

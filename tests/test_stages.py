@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bare, batch_of, train_stages
+from conftest import batch_of, train_stages
 
 import checkpoint
 import data
@@ -17,6 +17,7 @@ import dvae
 import runtime
 import shapes
 import train
+from bench import bare
 from classify import Classify, Probe, Standardise
 from mome import Config, MIMHead, VLMo, classifier
 from nlvr2 import NLVR2

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bare, call
+from conftest import call
 
 import checkpoint
 import evaluate
@@ -23,6 +23,7 @@ import nlvr2
 import texts
 import vqa
 import weights
+from bench import bare
 from mome import CONFIGS, VLMo, classifier
 from runtime import UserError
 
