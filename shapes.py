@@ -54,10 +54,15 @@ class World:
 
     def __getitem__(self, i):
         captions = describe(self.scene(i))
-        return Picture(None, captions, captions[0])
+        return Picture(f"{self.split} scene {i}", captions, captions[0])
 
     def image(self, i):
         return draw_scene(self.scene(i), self.image_size, self.rng("drawing", i))
+
+    def places(self, i):
+        """Where the things of picture i are: [(x, y, radius), …] in its pixels."""
+        _, things = arrange(self.scene(i), self.image_size, self.rng("drawing", i))
+        return [(x, y, radius) for _, x, y, radius, _ in things]
 
     def caption_counts(self):
         """How many captions each picture has, (n,)."""
@@ -143,17 +148,26 @@ def describe(scene):
 def draw_scene(scene, size, rng):
     """The scene as an RGB image (size, size); places, sizes, colors and background vary a little at
     random."""
-    canvas, n = 2 * size, len(scene["things"])  # drawn twice as large, then averaged: smooth edges
-    background = rng.randint(225, 255)
-    image = Image.new("RGB", (canvas, canvas), (background,) * 3)
+    canvas = 2 * size  # drawn twice as large, then averaged: smooth edges
+    background, things = arrange(scene, canvas, rng)
+    image = Image.new("RGB", (canvas, canvas), background)
+    for thing in things:
+        draw_shape(ImageDraw.Draw(image), *thing)
+    return image.reduce(2)
+
+
+def arrange(scene, size, rng):
+    """How a scene is drawn on (size, size) pixels → the color of the background, and for each thing
+    (shape, x, y, radius, color)."""
+    background, things, n = (rng.randint(225, 255),) * 3, [], len(scene["things"])
     for place, thing in enumerate(scene["things"]):
         along = (place + 0.5 + rng.uniform(-0.06, 0.06)) / n
         across = rng.uniform(0.35, 0.65)
         x, y = (along, across) if scene["layout"] == "row" else (across, along)
-        radius = 0.155 * SIZES[thing["size"]] * rng.uniform(0.92, 1.08) * canvas
+        radius = 0.155 * SIZES[thing["size"]] * rng.uniform(0.92, 1.08)
         color = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLORS[thing["color"]])
-        draw_shape(ImageDraw.Draw(image), thing["shape"], x * canvas, y * canvas, radius, color)
-    return image.reduce(2)
+        things.append((thing["shape"], x * size, y * size, radius * size, color))
+    return background, things
 
 
 def draw_shape(draw, shape, x, y, r, color):
