@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import runtime
 from mome import Config, VLMo
 from runtime import UserError
-from texts import tokenizer_from_json
+from texts import Words, tokenizer_from_json
 
 MODALITIES = ("shared", "vision", "language", "vl")
 
@@ -80,6 +80,14 @@ class Checkpoint:
             raise UserError(f"{path} is not a checkpoint of this project and version: {error}") from None
         self.tokenizer = tokenizer_from_json(pieces, path) if pieces else None
         self.words_embedded = len(self.tensors.get("words.weight", ()))  # 0: no words have been learned
+
+    def require(self, names):
+        """UserError if one of these groups has not been learned."""
+        if self.stage == "dvae":
+            raise UserError(f"{self.path} is a tokenizer of images (stage dvae), no VLMo")
+        for name in names:
+            if name not in groups(self.tensors):
+                raise UserError(f"{self.path} (stage {self.stage}) has not learned {name}")
 
     def restore(self, stage, args, run, optimizer, scaler):
         """Puts optimizer and scaler where the checkpoint left them."""
@@ -253,6 +261,26 @@ def fit(model, tensors, config, path, copies=True):
             raise UserError(f"{path} has {name}, and this model does not: {differ}")
     model.load_state_dict(state, assign=True)
     return how
+
+
+def load_model(path, needs=()):
+    """A checkpoint to use from Python → its VLMo in eval mode, its Words (None if it has learned no
+    words), its Config.
+
+    needs: what must have been learned, such as "itc_image", "itc_text", "itm_head"; UserError if
+    something has not. Heads and embeddings that have not been learned are left out, so that to use
+    one is an AttributeError, not a random number.
+    """
+    start = read(path)
+    start.require(needs)
+    if start.words_embedded and not start.tokenizer:
+        raise UserError(f"{path} was imported without its vocabulary: import it again, with --vocab")
+    model, origin = begin(start.config, start, seed=0)
+    for name, how in origin.items():
+        if how == "fresh" and not name.startswith("blocks"):
+            delattr(model, name)
+    words = Words(start.tokenizer, start.config.max_text_len) if start.words_embedded else None
+    return model.eval(), words, start.config
 
 
 def counterparts(tensors, own):

@@ -32,7 +32,7 @@ class Picture(NamedTuple):
     """A record of a picture and its captions, or none. Pictures of one item are no negatives of
     each other."""
 
-    image: str  # the path
+    image: str  # the path, or a name
     captions: list
     item: str
 
@@ -86,6 +86,11 @@ def read_image(path):
 def to_tensor(image):
     """RGB image → uint8 (3, S, S)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def read_images(paths, size):
+    """Image files as a model sees them: uint8 (n, 3, size, size). Unreadable if one is no image."""
+    return torch.stack([to_tensor(resize(read_image(path), size)) for path in paths])
 
 
 def resize(image, size):

@@ -52,12 +52,7 @@ class Retrieval(VL):
 
     @staticmethod
     def check(start, args):
-        learned = checkpoint.groups(start.tensors)
-        for group, reader in (("itc_image", "retrieval"), ("itm_head", "--rerank")):
-            if group not in learned and (group == "itc_image" or args.rerank):
-                raise UserError(
-                    f"{start.path} (stage {start.stage}) has not learned {group}, which {reader} needs"
-                )
+        start.require(["itc_image", "itc_text"] + (["itm_head"] if args.rerank else []))
 
     def note(self, args, run):
         stale = not args.itm_weight and self.origin.get("itm_head") == "taken"

@@ -371,6 +371,11 @@ class VLMo(MoME):
         heads read."""
         return torch.tanh(self.pooler(states[:, 0]))
 
+    def match(self, text, mask, image):
+        """text, mask, image as in encode_pair → logits (B, 2) of image-text matching, class 1 =
+        matched."""
+        return self.itm_head(self.pool(self.encode_pair(text, mask, image, rows=1)))
+
 
 class MIMHead(nn.Module):
     """What only stage image needs: the embedding of masked patches, and their classifier over K

@@ -146,6 +146,13 @@ class Words:
         T = cut(mask)
         return ids[:, :T], mask[:, :T]
 
+    def refuse_unfit(self, texts):
+        """UserError for a text that is empty, or too long to be read whole."""
+        for text in texts:
+            count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+            if not 0 < count <= self.length - 2:
+                raise UserError(f'"{text[:40]}" has {count} tokens: this model reads 1 to {self.length - 2}')
+
     def words(self, ids):
         """ids (T,) → the positions of each word's pieces: a piece that starts with "##" continues a
         word."""
@@ -231,6 +238,14 @@ def read_lines(path):
             yield from map(str.strip, file)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
+
+
+def read_texts(path):
+    """The lines that are not blank, a list. UserError if there is none."""
+    found = list(filter(None, read_lines(path)))
+    if not found:
+        raise UserError(f"{path} holds no text")
+    return found
 
 
 def paragraphs(path):
