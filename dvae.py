@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import checkpoint
 import data
+import drawing
 import losses
 import sources
 from runtime import UserError, at_least, seed_all
@@ -150,7 +150,7 @@ class DVAE(Stage):
 
     def __init__(self, args, config, start, run):
         super().__init__()
-        self.out, self.steps, self.image_size = args.out, args.steps, config.image_size
+        self.steps, self.image_size = args.steps, config.image_size
         self.loss_weights = {"reconstruction": 1.0, "kl": args.kl_weight}
         self.sources = sources.read_pictures(args, config.image_size)
         seed_all(args.seed)
@@ -171,11 +171,9 @@ class DVAE(Stage):
     @torch.no_grad()
     def measure(self, split, device):
         """How many codes are used, their perplexity, and the mean squared error of reconstructions
-        from codes only (pixels in −1 … 1). Writes a picture of 16 reconstructions."""
+        from codes only (pixels in −1 … 1)."""
         self.eval()
         source = self.sources[split]
-        if losses.rank() == 0:
-            self.sheet(source, device).save(Path(self.out, f"reconstructions-{split}.png"))
         used = torch.zeros(self.model.config.codes, dtype=torch.float64, device=device)
         error = torch.zeros(1, dtype=torch.float64, device=device)
         for image in data.pictures(source, data.sample_batches(len(source)), self.image_size, device):
@@ -186,13 +184,17 @@ class DVAE(Stage):
         serving, perplexity = codebook_use(torch.tensor(used))
         return {"codes": serving, "perplexity": perplexity, "error": error / min(len(source), 10_000)}
 
-    def sheet(self, source, device):
-        """A picture: the first 16 of a source, above their reconstructions from codes only."""
-        [image] = data.pictures(source, [range(min(16, len(source)))], self.image_size, device)
+    @torch.no_grad()
+    def draw(self, device):
+        """Images, above their reconstructions from codes only."""
+        if not self.measured():
+            return {}
+        source = self.sources[self.measured()[-1]]
+        [image] = data.pictures(source, [range(min(8, len(source)))], self.image_size, device)
         pixels = self.model.pixels(image)
-        rows = torch.stack([pixels, self.model.decode(self.model.encode(pixels))])  # (2, n, 3, s, s)
-        sheet = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (2s, n·s, 3)
-        return Image.fromarray((127.5 * (sheet + 1)).round().clamp(0, 255).byte().cpu().numpy())
+        rows = [("images", pixels), ("reconstructed from their codes", self.model.decode(self.model.encode(pixels)))]
+        tiles = [(title, [drawing.tile(drawing.from_tensor(one), side=96) for one in shown]) for title, shown in rows]
+        return {"reconstructions.png": drawing.sheet(tiles)}
 
 
 def read(path):

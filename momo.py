@@ -128,6 +128,14 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+def read_decoders(start, config):
+    """The decoders of a checkpoint of one of MoMo's stages: {modality: Decoder}."""
+    names = dict.fromkeys(name.split(".")[0] for name in start.head)
+    decoders = nn.ModuleDict({name: Decoder(config, DECODERS[start.args["config"]], name) for name in names})
+    checkpoint.load_exactly(decoders, start.head, start.path)
+    return decoders
+
+
 def reconstruct(model, decoder, batch):
     """Hides, encodes and decodes an image, a text or a pair → pixels (M, P) of hidden patches and
     logits (M, V) of hidden tokens; None for what the batch does not have.

@@ -71,6 +71,11 @@ class NLVR2(Task):
             pooled.append(self.model.pool(states))  # (b, D)
         return self.head(torch.cat(pooled, dim=1))
 
+    def say(self, logits):
+        """logits (2,) → whether the statement is true, and how probable that is."""
+        true = logits.softmax(0)[1]
+        return f"{true:.1%} true" if true > 0.5 else f"{1 - true:.1%} false"
+
     def results(self, predicted, source):
         return accuracies(predicted, [source[i] for i in range(len(source))])
 

@@ -7,11 +7,19 @@ Shape letters: I images, C captions, D dim, Q queries, G gallery, P pairs, T tex
 
 import collections
 import math
+import os
+import zipfile
 
+import numpy as np
 import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
 
+import drawing
 import losses
-from data import pictures, shard
+import runtime
+from data import Views, pictures, shard
+from runtime import UserError
 from texts import cut
 
 # ---- Ranks and recall ----------------------------------------------------------------------------
@@ -60,10 +68,12 @@ def search(queries, gallery, relevant, second=None, block=2**24):
     return losses.gather(out[None]).sum(0)
 
 
-def embed_images(model, source, device, batch):
-    """The pictures of a source → unit vectors (I, D), on all processes, which share the work."""
-    views = pictures(source, shard(len(source), batch), model.config.image_size, device)
-    return losses.gather(torch.cat([model.embed_image(view) for view in views]))[: len(source)]
+def embed_images(model, source, device, batch, count=None):
+    """The pictures of a source, or its first ones → unit vectors (I, D), on all processes, which
+    share the work."""
+    count = count or len(source)
+    views = pictures(source, shard(count, batch), model.config.image_size, device)
+    return losses.gather(torch.cat([model.embed_image(view) for view in views]))[:count]
 
 
 def embed_texts(model, ids, mask, device, batch):
@@ -104,6 +114,26 @@ def retrieval(model, source, words, device, batch=64, rerank=0):
         results |= {f"reranked {name}": value for name, value in recall(by_image, by_text).items()}
     model.train(training)
     return results
+
+
+@torch.no_grad()
+def retrieval_sheet(model, source, words, device, queries=4, best=5, among=500):
+    """A picture: the best pictures for a source's first captions, among its first ones; those that
+    have the caption in a green frame."""
+    model.eval()
+    count = min(among, len(source))
+    image = embed_images(model, source, device, 64, count)  # (I, D)
+    rows = []
+    for i in range(min(queries, count)):
+        caption = source[i].captions[0]
+        ids, mask = words.encode_all([caption])
+        scores = image @ model.embed_text(ids.to(device), mask.to(device))[0]  # (I,)
+        tiles = []
+        for rank, k in enumerate(scores.topk(min(best, count)).indices.tolist(), start=1):
+            label, right = f"{rank}.  {scores[k]:.3f}", caption in source[k].captions
+            tiles.append(drawing.tile(source.image(k), label, right))
+        rows.append((caption, tiles))
+    return drawing.sheet(rows)
 
 
 def all_images(source, size, device, batch):
@@ -172,7 +202,70 @@ class Reranker:
         for i, n in zip(image.split(self.batch), caption.split(self.batch)):
             T = cut(self.mask[n])
             text, mask = self.ids[n, :T].to(self.device), self.mask[n, :T].to(self.device)
-            states = self.model.encode_pair(text, mask, self.images[i].to(self.device), rows=1)
-            logits = self.model.itm_head(self.model.pool(states)).float()
+            logits = self.model.match(text, mask, self.images[i].to(self.device)).float()
             out.append(logits[:, 1] - logits[:, 0])
         return torch.cat(out)
+
+
+def reranked(model, best, scores, ids, mask, images):
+    """K numbers of scores, sorted again by what both heads say together, as in reorder.
+    ids, mask (K, T), images (K, 3, S, S)."""
+    logits = model.match(ids, mask, images)
+    odds = model.scale() * scores[best] + logits[:, 1] - logits[:, 0]  # (K,)
+    return [best[k] for k in odds.argsort(descending=True).tolist()]
+
+
+# ---- The vectors of a folder of images -----------------------------------------------------------
+
+
+@torch.no_grad()
+def embed_pictures(model, source, numbers, device):
+    """Pictures of a source by number → unit vectors (n, D), NaN for one that is unreadable, which
+    is named."""
+    views = Subset(Views(source, model.config.image_size), numbers)
+    loader = DataLoader(views, 64, num_workers=runtime.loader_workers(device), collate_fn=list)
+    out = []
+    for batch in tqdm(loader, leave=False, disable=len(numbers) < 1000):
+        vectors = torch.full((len(batch), model.config.dim), torch.nan)
+        for message in (one for one in batch if isinstance(one, str)):
+            tqdm.write(f"{message}; it is left out")
+        readable = [k for k, one in enumerate(batch) if not isinstance(one, str)]
+        if readable:
+            images = torch.stack([batch[k] for k in readable])
+            vectors[readable] = model.embed_image(images.to(device)).cpu()
+        out.append(vectors)
+    return torch.cat(out)
+
+
+def kept_vectors(model, source, path, checkpoint, device):
+    """The pictures of a source → unit vectors (I, D), NaN for an unreadable one. They are kept in
+    the file `path`, and used again where neither a picture nor the checkpoint has changed."""
+    trained = stamp(checkpoint)
+    known = read_vectors(path, trained)
+    stamps = [stamp(source[i].image) for i in range(len(source))]
+    missing = [i for i, key in enumerate(stamps) if key not in known]
+    if missing:
+        print(f"{path}: {len(missing)} of {len(source)} images are new")
+        new = embed_pictures(model, source, missing, device)
+        known |= dict(zip([stamps[i] for i in missing], new.numpy()))
+        vectors = np.stack(list(known.values()))
+        content = {"checkpoint": trained, "files": np.array(list(known)), "vectors": vectors}
+        runtime.write(path, lambda file: np.savez(file, **content))
+    return torch.from_numpy(np.stack([known[key] for key in stamps]))
+
+
+def stamp(path):
+    """A file's path, time and size."""
+    state = os.stat(path)
+    return f"{os.path.abspath(path)} {state.st_mtime_ns} {state.st_size}"
+
+
+def read_vectors(path, trained):
+    """{stamp of a file: its vector (D,)}, by this checkpoint."""
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path) as file:
+            return dict(zip(file["files"].tolist(), file["vectors"])) if file["checkpoint"] == trained else {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read, delete it: {error}") from None

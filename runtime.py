@@ -271,7 +271,10 @@ class Log:
         self.file = None
         if run.main:
             path = Path(out, "metrics.jsonl")
-            kept = lines_until(path, done) if done else ""
+            kept = ""
+            if done and path.exists():  # the test split is measured again at the end
+                lines = [line for line, entry in read_metrics(path) if entry["step"] <= done and entry.get("split") != "test"]
+                kept = "".join(lines)
             write(path, lambda file: file.write(kept.encode()))
             self.file = open(path, "a", buffering=1)
         self.restart(done)
@@ -338,20 +341,22 @@ class Log:
             self.file.write(json.dumps(finite) + "\n")
 
 
-def lines_until(path, step):
-    """The lines of metrics.jsonl up to a step. The test split is measured again at the end, so its
-    line goes, too."""
-    kept = ""
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+def read_metrics(path):
+    """The lines of a metrics.jsonl: [(line, entry), …]."""
+    found = []
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    for line in text.splitlines(keepends=True):
         if not line.endswith("\n"):
             break  # a killed run may leave half a line
         try:
             entry = json.loads(line)
-        except ValueError:
-            raise UserError(f"{path} is damaged: move it away, and the run continues with a new one") from None
-        if entry["step"] <= step and entry.get("split") != "test":
-            kept += line
-    return kept
+            found.append((line, entry | {"step": int(entry["step"])}))
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path} is damaged: move it away (a run that is resumed begins a new one)") from None
+    return found
 
 
 def in_words(results):

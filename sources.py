@@ -273,3 +273,14 @@ def image_files(folder, split):
         return files_below(folder, IMAGES) if folder.is_dir() else []
     files = files_below(folder, IMAGES)
     return [path for path in files if split_by_hash(os.path.relpath(path, folder)) == split]
+
+
+def folder_of_images(path, image_size):
+    """The source of all images below a folder, or of its split test if it has captions."""
+    check_folder(path)
+    if captions_file(path, "test"):
+        return pictures([path], "test", image_size)
+    files = files_below(path, IMAGES)
+    if not files:
+        raise UserError(f"{path} has no images ({', '.join(IMAGES)})")
+    return Records(Picture, (Picture(file, [], file) for file in files))

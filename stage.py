@@ -76,6 +76,10 @@ class Stage(nn.Module):
         """The splits that this stage can be measured on."""
         return [split for split in ("val", "test") if split in self.sources]
 
+    def draw(self, device):
+        """Pictures of what has been learned, which the end of a run writes: {file name: RGB image}."""
+        return {}
+
     def blocks(self):
         """All Transformer blocks."""
         return [module for module in self.modules() if isinstance(module, Block)]

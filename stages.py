@@ -18,7 +18,7 @@ import losses
 import sources
 import texts
 from mome import MIMHead
-from retrieval import retrieval
+from retrieval import retrieval, retrieval_sheet
 from runtime import UserError, seed_all
 from stage import Stage, config_flags, masked_words, over_processes, percent, perplexity, weight_flag
 from texts import IGNORE, cut
@@ -302,5 +302,12 @@ class VL(Stage):
     def measure(self, split, device):
         """Zero-shot retrieval."""
         return retrieval(self.model, self.sources[split], self.words, device)
+
+    def draw(self, device):
+        """The best pictures for some captions."""
+        splits = self.measured()
+        if not splits:
+            return {}
+        return {"retrieval.png": retrieval_sheet(self.model, self.sources[splits[-1]], self.words, device)}
 
 

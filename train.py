@@ -19,6 +19,7 @@ from torch import nn
 
 import checkpoint
 import data
+import drawing
 import runtime
 from dvae import DVAE
 from mome import CONFIGS, Config
@@ -218,7 +219,18 @@ def train(stage, args, run, start=None):
     if "test" in stage.measured():
         log.measure("test", args.steps)
     log.close()
+    draw(stage, out, run)
     run.print(f"{out / 'last.pt'} holds the model")
+
+
+def draw(stage, out, run):
+    """Writes pictures of what was learned, on process 0."""
+    for name, picture in stage.draw(run.device).items():
+        if run.main:
+            picture.save(out / name)
+    chart = drawing.curves([out]) if run.main else None
+    if chart:
+        chart.save(out / "curve.png")
 
 
 def main():

@@ -73,6 +73,12 @@ class VQA(Task):
         states = self.model.encode_pair(text, mask, batch["image"], rows=1)  # (b, 1, D)
         return self.head(self.model.pool(states))
 
+    def say(self, logits):
+        """logits (A,) → the five best answers, each with the probability that it is right (several
+        can be)."""
+        probabilities, best = logits.sigmoid().topk(min(5, len(logits)))
+        return "\n".join(f"{p:6.1%}  {self.choices[k]}" for p, k in zip(probabilities, best))
+
     def published(self, source):
         return bool(source[0].answers)
 

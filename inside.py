@@ -1,0 +1,237 @@
+"""Inside a trained model: where the words of a pair look (maps as in MoMo's Figure 4, and the
+pointing game that judges them), and what it makes of what is hidden.
+
+Shape letters: B batch, T text tokens, N patches, S rows of a pair, H heads, P values of a patch, M
+hidden patches or tokens, V vocabulary.
+"""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import data
+import dvae
+import momo
+import shapes
+from mome import MIMHead
+from texts import IGNORE
+
+# ---- Where words look ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def attention_of(model):
+    """Inside, each forward pass fills a list with the attention probabilities of its layers,
+    (B, H, S, S) each, which the fused kernel of Attention.forward keeps to itself."""
+    caught = []
+
+    def written_out(attention, inputs, output):
+        x, kind, T, bias, _ = inputs
+        routers = attention.query, attention.key, attention.value
+        q, k, v = (attention.split_heads(router(x, kind, T)) for router in routers)  # (B, H, S, D/H)
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, S, S)
+        if bias is not None:
+            scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
+        caught.append(scores.softmax(-1))
+        return attention.out((caught[-1] @ v).transpose(1, 2).flatten(2), kind, T)
+
+    handles = [block.attention.register_forward_hook(written_out) for block in model.blocks]
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def attention_maps(model, text, mask, image, layers, heads):
+    """What each token reads of each patch, a mean over layers and heads (numbers from 0): (B, T, N).
+    text, mask (B, T), image (B, 3, side, side)."""
+    with attention_of(model) as caught:
+        model.encode_pair(text, mask, image)
+    T = text.shape[1]
+    maps = [caught[layer][:, heads, :T, T + 1 :].mean(1) for layer in layers]  # (B, T, N) each
+    return torch.stack(maps).mean(0)
+
+
+def relevance_maps(model, words, text, mask, image):
+    """How much each patch matters when a word is masked and predicted: (T, N), with the same row for
+    all pieces of a word. text, mask (T,), image (3, side, side).
+
+    Of each layer, attention times its gradient, where positive and a mean over heads, says what a
+    row takes from which; R follows that through all layers (Chefer et al., "Generic Attention-model
+    Explainability", which MoMo's Figure 4 uses).
+    """
+    places = words.words(text)  # of the pieces of each word
+    masked = text.repeat(len(places), 1)  # (B, T): each word masked once
+    for row, positions in zip(masked, places):
+        row[positions] = words.mask
+    with torch.enable_grad(), attention_of(model) as caught:
+        states = model.encode_pair(masked, mask.expand_as(masked), image.expand(len(masked), -1, -1, -1))
+        logits = [model.mlm_head(states[k, positions]) for k, positions in enumerate(places)]  # (pieces, V)
+        right = [logit.gather(1, text[at, None]).sum() for logit, at in zip(logits, places)]
+        gradients = torch.autograd.grad(sum(right), caught)
+    R = torch.eye(states.shape[1], device=states.device)
+    for probabilities, gradient in zip(caught, gradients):
+        R = R + (probabilities * gradient).clamp(min=0).mean(1).detach() @ R  # (B, S, S)
+    out = torch.zeros(len(text), states.shape[1] - len(text) - 1, device=states.device)
+    for k, positions in enumerate(places):
+        out[positions] = R[k, positions, len(text) + 1 :].mean(0)
+    return out
+
+
+# ---- The pointing game ---------------------------------------------------------------------------
+
+KINDS = {**dict.fromkeys(shapes.SIZES, "size"), **dict.fromkeys(shapes.COLORS, "color")}
+KINDS |= dict.fromkeys(shapes.SHAPES, "shape")
+
+
+def pointing_game(maps, words, config, device, count=200):
+    """Whether the hottest patch of a word that describes a thing lies in that thing, on scenes of
+    the built-in world's split test → {"size", "color", "shape", "all", "any thing": how often it
+    lies in any thing of the scene, "chance": of a patch at random}, in percent.
+
+    maps(text (1, T), mask (1, T), image (1, 3, side, side)) → (T, N). A patch lies in a thing if its
+    center lies in the thing's circle.
+    """
+    world = shapes.World("test", config.image_size)
+    hits = {name: [] for name in ("size", "color", "shape", "all", "any thing", "chance")}
+    for i in range(count):
+        ids, mask = words.encode_all(world[i].captions[:1])
+        image = data.to_tensor(world.image(i))[None]
+        weights = maps(ids.to(device), mask.to(device), image.to(device)).cpu()  # (T, N)
+        inside = patches_inside(world.places(i), config)  # (things, N)
+        thing = 0
+        for positions in words.words(ids[0]):
+            word = words.tokenizer.decode(ids[0, positions].tolist())
+            if word in KINDS:
+                hottest = weights[positions].mean(0).argmax()
+                hits[KINDS[word]].append(inside[thing, hottest])
+                hits["all"].append(inside[thing, hottest])
+                hits["any thing"].append(inside[:, hottest].any())
+                hits["chance"].append(inside[thing].double().mean())
+            thing += word in shapes.SHAPES  # a caption names size, color and shape of one, then of the next
+    return {name: 100 * torch.stack(found).double().mean().item() for name, found in hits.items()}
+
+
+def patches_inside(places, config):
+    """Which patches have their center in which thing: (things, N) bool. places: of
+    shapes.World."""
+    side = config.image_size // config.patch_size
+    center = (torch.arange(side) + 0.5) * config.patch_size
+    y, x = torch.meshgrid(center, center, indexing="ij")  # (side, side)
+    circles = [(x - left).square() + (y - top).square() <= radius**2 for left, top, radius in places]
+    return torch.stack(circles).flatten(1)
+
+
+# ---- What is made of what is hidden --------------------------------------------------------------
+
+
+def fills_in(start):
+    """What a checkpoint has learned to fill in: a set of "image", "text" and "pair"."""
+    if start.stage.startswith("momo-"):
+        decoders = {name.split(".")[0] for name in start.head}
+        return {"image", "text", "pair"} if "pair" in decoders else decoders
+    known = {"image"} if "dvae" in start.extra else set()
+    if "mlm_head" in checkpoint.groups(start.tensors):
+        known |= {"text"} if start.stage == "text" else {"text", "pair"}
+    return known
+
+
+def hidden_patches(start, config, rng):
+    """Which patches the stage of a checkpoint hides: (1, N) bool."""
+    side = config.image_size // config.patch_size
+    ratio = momo.RATIO["image"]
+    hidden = data.mask_blocks(side, rng) if "dvae" in start.extra else momo.hide_patches(ratio, side * side, rng)
+    return hidden[None]
+
+
+def reconstructed(start, model, image, hidden, text=None, mask=None):
+    """An image (1, 3, S, S) uint8 whose hidden patches (1, N) are what stage image predicts of them
+    (visual tokens, decoded), or MoMo (values of pixels; in stage momo-vl with the help of a text, text
+    and mask (1, T))."""
+    if "dvae" in start.extra:
+        tokenizer = dvae.build(start.extra["dvae"], start.path).to(image.device)
+        head = MIMHead(model.config, tokenizer.config.codes).to(image.device)
+        checkpoint.load_exactly(head, start.head, start.path)
+        states = model.encode_image(image, masked=hidden, mask_embedding=head.mask_embedding)
+        codes = tokenizer.encode(image)  # (1, N)
+        codes[hidden] = head(states[:, 1:][hidden]).argmax(1)
+        pixels = F.interpolate(tokenizer.decode(codes), image.shape[-2:], mode="bilinear")
+        values = patches_of(pixels, hidden.shape[1])[hidden]  # (M, P)
+    else:
+        decoders = momo.read_decoders(start, model.config).to(image.device)
+        batch = {"image": image, "hidden": hidden}
+        if "image" not in decoders:
+            batch |= {"masked": text, "labels": torch.full_like(text, IGNORE), "mask": mask}
+        decoder = decoders["image" if "image" in decoders else "pair"]
+        values, _ = momo.reconstruct(model, decoder, batch)  # (M, P)
+        if start.args["normalise_pixels"]:
+            true = patches_of(image.float() / 127.5 - 1, hidden.shape[1])[hidden]
+            values = values * true.std(1, keepdim=True) + true.mean(1, keepdim=True)
+    return with_patches(image, hidden, values)
+
+
+def patches_of(pixels, N):
+    """(1, 3, S, S) → (1, N, P)."""
+    size = pixels.shape[-1] // math.isqrt(N)
+    return F.unfold(pixels, size, stride=size).transpose(1, 2)
+
+
+def with_patches(image, hidden, values):
+    """An image uint8 (1, 3, S, S) with other values (M, P) in −1 … 1, or one, in hidden patches."""
+    patches = patches_of(image.float() / 127.5 - 1, hidden.shape[1])
+    patches[hidden] = values
+    size = image.shape[-1] // math.isqrt(hidden.shape[1])
+    pixels = F.fold(patches.transpose(1, 2), image.shape[-2:], size, stride=size)
+    return (127.5 * (pixels + 1)).round().clamp(0, 255).byte()
+
+
+def guesses(start, model, words, text, mask, image=None):
+    """For each word of a text the likeliest word in its place when it is hidden, next to an image
+    (1, 3, S, S) or without → [(word, guess, probability)]. text, mask (T,)."""
+    places = words.words(text)
+    masked = text.repeat(len(places), 1)  # (B, T): each word masked once
+    labels = torch.full_like(masked, IGNORE)
+    for row, positions in enumerate(places):
+        labels[row, positions] = text[positions]
+        masked[row, positions] = words.mask
+    batch = {"masked": masked, "labels": labels, "mask": mask.expand_as(masked)}
+    if image is not None:
+        batch["image"] = image.expand(len(masked), -1, -1, -1)
+    found = iter(masked_logits(start, model, batch).softmax(1))  # (M, V), word by word
+    out = []
+    for positions in places:
+        best = [next(found).max(0) for _ in positions]
+        guess = words.tokenizer.decode([piece.indices.item() for piece in best])
+        out.append((words.tokenizer.decode(text[positions].tolist()), guess, math.prod(p.values.item() for p in best)))
+    return out
+
+
+def guess_table(start, model, words, text, mask, image=None):
+    """The guesses without the image and with it, as a table of texts with a title row."""
+    without = guesses(start, model, words, text, mask)
+    table = [("hidden", "guess without the image", "" if image is None else "with the image")]
+    seeing = [("", "", 0.0)] * len(without) if image is None else guesses(start, model, words, text, mask, image)
+    for (word, guess, p), (_, better, q) in zip(without, seeing):
+        table.append((word, f"{guess} {p:.0%}", "" if image is None else f"{better} {q:.0%}"))
+    return table
+
+
+def masked_logits(start, model, batch):
+    """→ logits (M, V) of the hidden tokens of a batch, with or without images."""
+    if start.head and start.stage.startswith("momo-"):
+        decoders = momo.read_decoders(start, model.config).to(batch["masked"].device)
+        if "image" in batch:
+            N = model.config.image_size // model.config.patch_size
+            batch["hidden"] = torch.zeros(len(batch["image"]), N * N, dtype=torch.bool, device=batch["masked"].device)
+        decoder = decoders["text" if "text" in decoders and "image" not in batch else "pair"]
+        return momo.reconstruct(model, decoder, batch)[1]
+    if "image" in batch:
+        states = model.encode_pair(batch["masked"], batch["mask"], batch["image"])
+    else:
+        states = model.encode_text(batch["masked"], batch["mask"])
+    return model.mlm_head(states[:, : batch["masked"].shape[1]][batch["labels"] != IGNORE])

@@ -1,0 +1,359 @@
+"""A trained checkpoint on own files: every command prints what it finds, and draws it. Without files
+they look at the built-in world.
+
+    python show.py search --images DIR --text "a red circle above a blue star"
+    python show.py search --images DIR --image FILE           # pictures like it; --texts FILE: texts
+    python show.py match --image FILE --text "a red circle" "a blue star"
+    python show.py ask --image FILE --question "what color is the circle?"
+    python show.py compare --images LEFT RIGHT --statement "both images show a red shape."
+    python show.py attend --image FILE --text "a red circle"  # where each word looks
+    python show.py masked --image FILE --text "a red circle"  # what it makes of what is hidden
+    python show.py embed --images DIR --texts FILE            # vectors for other tools
+    python show.py curve runs/vl runs/momo-vl
+
+    python show.py search --help                              # the flags of a command
+
+Shape letters: I images, C texts, D dim, T text tokens, N patches, S side of an image.
+"""
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import data
+import drawing
+import inside
+import nlvr2
+import retrieval
+import runtime
+import shapes
+import sources
+import vqa
+from runtime import UserError, at_least
+from texts import read_texts
+
+# ---- What the commands share ---------------------------------------------------------------------
+
+
+def load(args, run, needs=()):
+    """→ the model of --checkpoint on the device, its words, its Config."""
+    model, words, config = checkpoint.load_model(args.checkpoint, needs)
+    return model.to(run.device), words, config
+
+
+def view(image, config, run):
+    """An RGB image as the model sees it: uint8 (1, 3, S, S)."""
+    return data.to_tensor(data.resize(image, config.image_size))[None].to(run.device)
+
+
+def encode(words, texts, run):
+    """Typed texts → ids (C, T), mask (C, T). UserError for none, and for one that is empty or too
+    long."""
+    if not texts:
+        raise UserError("name a text, too: --text, --question or --statement")
+    words.refuse_unfit(texts)
+    ids, mask = words.encode_all(texts)
+    return ids.to(run.device), mask.to(run.device)
+
+
+def image_and_texts(args, config):
+    """The image and the texts that were named, or those of a scene of the built-in world."""
+    if args.image:
+        return data.read_image(args.image), args.text or []
+    world = shapes.World("test", config.image_size)
+    return world.image(args.scene), args.text or world[args.scene].captions
+
+
+def pictures(args, config):
+    """The source of --images, or of the built-in world."""
+    if args.images:
+        return sources.folder_of_images(args.images, config.image_size)
+    return shapes.World("test", config.image_size)
+
+
+def save(picture, args):
+    runtime.write(args.out, lambda file: picture.save(file, "PNG"))
+    print(args.out)
+
+
+# ---- The dual encoder, and the matching head -----------------------------------------------------
+
+
+@torch.no_grad()
+def search(args, run):
+    """The best pictures for each --text or for an --image, or the best of --texts for an --image.
+
+    Scores are cosines (ITC); with --rerank the best K are sorted again by the matching head (ITM).
+    Pictures that are known to be right have a green frame.
+    """
+    model, words, config = load(args, run, ["itc_image", "itc_text"] + ["itm_head"] * bool(args.rerank))
+    if args.texts:
+        return search_texts(model, words, args, run)
+    if args.rerank and args.image:
+        raise UserError("--rerank matches an image with texts, not with images")
+    source = pictures(args, config)
+    if args.images:
+        kept = Path(args.out).with_suffix(".vectors.npz")
+        gallery = retrieval.kept_vectors(model, source, kept, args.checkpoint, run.device)  # (I, D)
+    else:
+        gallery = retrieval.embed_pictures(model, source, range(len(source)), run.device)
+    if args.image:
+        titles, queries = [args.image], model.embed_image(view(data.read_image(args.image), config, run))
+    else:
+        titles = args.text or [caption for i in range(3) for caption in source[i].captions[:1]]
+        if not titles:
+            raise UserError(f"{args.images} has no captions: name a --text or an --image")
+        ids, mask = encode(words, titles, run)
+        queries = model.embed_text(ids, mask)  # (C, D)
+    rows = []
+    for q, title in enumerate(titles):
+        scores = (gallery.to(run.device) @ queries[q]).nan_to_num(-1)  # (I,)
+        best = scores.topk(min(max(args.best, args.rerank), len(scores))).indices.tolist()
+        if args.rerank:
+            images = torch.cat([view(source.image(i), config, run) for i in best])
+            best = retrieval.reranked(model, best, scores, ids[q].expand(len(best), -1), mask[q].expand(len(best), -1), images)
+        tiles = []
+        print(title)
+        for rank, i in enumerate(best[: args.best], start=1):
+            label, right = f"{rank}.  {scores[i]:.3f}", title in source[i].captions
+            print(f"  {label}  {source[i].image}{'  (right)' if right else ''}")
+            tiles.append(drawing.tile(source.image(i), label, right))
+        rows.append((title, tiles))
+    save(drawing.sheet(rows), args)
+
+
+def search_texts(model, words, args, run):
+    """The best of --texts for --image."""
+    if not args.image:
+        raise UserError("--texts are what an --image looks for: name it")
+    image, texts = data.read_image(args.image), read_texts(args.texts)
+    pixels = view(image, model.config, run)
+    ids, mask = words.encode_all(texts)
+    scores = retrieval.embed_texts(model, ids, mask, run.device, 64) @ model.embed_image(pixels)[0]  # (C,)
+    best = scores.topk(min(max(args.best, args.rerank), len(scores))).indices.tolist()
+    if args.rerank:
+        pairs = ids[best].to(run.device), mask[best].to(run.device), pixels.expand(len(best), -1, -1, -1)
+        best = retrieval.reranked(model, best, scores, *pairs)
+    found = "\n".join(f"{rank}.  {scores[n]:.3f}  {texts[n]}" for rank, n in enumerate(best[: args.best], start=1))
+    print(found)
+    save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written(found)])]), args)
+
+
+@torch.no_grad()
+def match(args, run):
+    """For an image and each text the cosine (ITC) and the probability of a match (ITM).
+
+    The cosine ranks: which of many fits better; a million cost nothing. The probability judges: it
+    reads image and text together, and says whether this one pair fits.
+    """
+    model, words, config = load(args, run, ["itc_image", "itc_text", "itm_head"])
+    image, texts = image_and_texts(args, config)
+    (ids, mask), pixels = encode(words, texts, run), view(image, config, run)
+    cosines = model.embed_text(ids, mask) @ model.embed_image(pixels)[0]  # (C,)
+    probabilities = model.match(ids, mask, pixels.expand(len(ids), -1, -1, -1)).softmax(1)[:, 1]  # (C,)
+    found = [f"ITC {c:6.3f}   ITM {p:6.1%}   {text}" for c, p, text in zip(cosines, probabilities, texts)]
+    found = "\n".join([*found, "ITC: cosine, ranks many. ITM: probability of a match, judges one pair."])
+    print(found)
+    save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written(found)])]), args)
+
+
+@torch.no_grad()
+def embed(args, run):
+    """Unit vectors of the images of a folder and of the texts of a file, for other tools: images
+    (I,) names, image_vectors (I, D), texts (C,), text_vectors (C, D) float32, in one .npz."""
+    model, words, config = load(args, run, ["itc_image", "itc_text"])
+    source = pictures(args, config)
+    vectors = retrieval.embed_pictures(model, source, range(len(source)), run.device)  # (I, D)
+    readable = (~vectors[:, 0].isnan()).nonzero()[:, 0].tolist()
+    names = [source[i].image for i in readable]
+    content = {"images": np.array(names), "image_vectors": vectors[readable].numpy()}
+    captions = [caption for i in readable for caption in source[i].captions]
+    texts = read_texts(args.texts) if args.texts else captions
+    if texts:
+        ids, mask = words.encode_all(texts)
+        found = retrieval.embed_texts(model, ids, mask, run.device, 64)
+        content |= {"texts": np.array(texts), "text_vectors": found.cpu().numpy()}
+    runtime.write(args.out, lambda file: np.savez(file, **content))
+    print(args.out, *(f"{name} {array.shape}" for name, array in content.items()))
+
+
+# ---- Fine-tuned tasks ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ask(args, run):
+    """What a fine-tuned model says: of a question about an image its five best answers, each with
+    the probability that it is right (several can be); of a statement about two images whether it is
+    true."""
+    task_file, Task = {"vqa": (vqa, vqa.VQA), "nlvr2": (nlvr2, nlvr2.NLVR2)}[args.stage]
+    start = checkpoint.read(args.checkpoint)
+    Task.check(start, args)
+    task = Task(args, start.config, start, run).to(run.device).eval()
+    config = task.model.config
+    if args.images:
+        asked = [([data.read_image(path) for path in args.images], args.text)]
+    else:
+        world = task_file.read(["shapes"], "test", config.image_size)
+        numbers = range(shapes.TIMES * args.scene, shapes.TIMES * (args.scene + 1))
+        asked = [(world.image(i), args.text or world[i].text) for i in numbers]
+    rows = []
+    for images, text in asked:
+        images = images if isinstance(images, list | tuple) else [images]
+        pixels = torch.cat([view(image, config, run) for image in images])  # (1 or 2, 3, S, S)
+        ids, mask = encode(task.words, [text] if text else [], run)
+        [logits] = task.predict({"image": pixels if len(images) == 1 else pixels[None], "text": ids, "mask": mask})
+        found = task.say(logits)
+        print(f"{text}\n{found}")
+        rows.append((text, [*map(drawing.tile, images), drawing.written(found)]))
+    save(drawing.sheet(rows), args)
+
+
+# ---- Inside the model ----------------------------------------------------------------------------
+
+
+def attend(args, run):
+    """For each word of a text a map of its attention to the patches of an image, a mean over
+    --layers (default: where both modalities meet one expert) and --heads; or with --relevance, how much each
+    patch matters for predicting the word when it is masked.
+
+    In the built-in world also the pointing game: how often a word's hottest patch lies in the thing
+    that it describes.
+    """
+    model, words, config = load(args, run, ["mlm_head" if args.relevance else "words"])
+    fusing = config.layers if config.experts == "shared" else max(config.vl_layers, 1)
+    layers = args.layers or range(config.layers - fusing + 1, config.layers + 1)
+    heads = args.heads or range(1, config.heads + 1)
+    if max(layers) > config.layers or max(heads) > config.heads:
+        raise UserError(f"{args.checkpoint} has {config.layers} layers and {config.heads} heads")
+
+    def maps(text, mask, image):
+        """→ (T, N) of one pair."""
+        if args.relevance:
+            return inside.relevance_maps(model, words, text[0], mask[0], image[0])
+        chosen = [layer - 1 for layer in layers], [head - 1 for head in heads]
+        return inside.attention_maps(model, text, mask, image, *chosen)[0]
+
+    image, texts = image_and_texts(args, config)
+    ids, mask = encode(words, texts[:1], run)
+    weights = maps(ids, mask, view(image, config, run)).cpu()
+    square = data.resize(image, config.image_size)
+    tiles = [drawing.tile(square)]
+    for positions in words.words(ids[0]):
+        word, patches = words.tokenizer.decode(ids[0, positions].tolist()), weights[positions].mean(0)
+        row, column = divmod(int(patches.argmax()), math.isqrt(len(patches)))
+        ratio = patches.max() / patches.mean()
+        print(f"{word:12}  hottest patch: row {row + 1}, column {column + 1}, {ratio:.1f} × the mean")
+        tiles.append(drawing.tile(drawing.heat(square, patches.tolist()), word))
+    save(drawing.sheet([("" if k else texts[0], tiles[k : k + 7]) for k in range(0, len(tiles), 7)]), args)
+    if not args.image:
+        found = inside.pointing_game(maps, words, config, run.device)
+        print(f"pointing game, % of words: {runtime.in_words(found)}")
+
+
+@torch.no_grad()
+def masked(args, run):
+    """What a pre-trained model makes of what is hidden: of the patches of an image (stage image,
+    MoMo), and of each word of a text, without the image and with it."""
+    start = checkpoint.read(args.checkpoint)
+    model, words, config = load(args, run)
+    known, rows, ids, mask = inside.fills_in(start), [], None, None
+    if not known:
+        raise UserError(f"{args.checkpoint} (stage {start.stage}) has not learned to fill in what is hidden")
+    image, texts = image_and_texts(args, config)
+    pixels = view(image, config, run)
+    if words:
+        ids, mask = encode(words, texts[:1], run)
+    if "image" in known:
+        hidden = inside.hidden_patches(start, config, random.Random(args.seed)).to(run.device)
+        views = {
+            "image": pixels,
+            "what it sees": inside.with_patches(pixels, hidden, 0.0),
+            "what it predicts": inside.reconstructed(start, model, pixels, hidden, ids, mask),
+        }
+        tiles = [drawing.tile(drawing.from_tensor(one[0]), label) for label, one in views.items()]
+        rows.append((f"{hidden.sum()} of {hidden.numel()} patches are hidden", tiles))
+    if "text" in known:
+        table = inside.guess_table(start, model, words, ids[0], mask[0], pixels if "pair" in known else None)
+        print("\n".join("  ".join(f"{cell:24}" for cell in row) for row in table))
+        columns = [drawing.written("\n".join(cells)) for cells in zip(*table)]
+        rows.append((texts[0], [drawing.tile(image), drawing.beside(columns, gap=30)]))
+    save(drawing.sheet(rows), args)
+
+
+def curve(args, run):
+    """The losses of one run or several, and what was measured, from their metrics.jsonl."""
+    chart = drawing.curves(args.runs, args.only)
+    if not chart:
+        raise UserError(f"{' '.join(args.runs)}: nothing to draw")
+    save(chart, args)
+
+
+# ---- The flags -----------------------------------------------------------------------------------
+
+COMMANDS = {  # the function, and the checkpoint that its built-in world usually has
+    "search": (search, "runs/vl/last.pt"),
+    "match": (match, "runs/vl/last.pt"),
+    "ask": (ask, "runs/vqa/best.pt"),
+    "compare": (ask, "runs/nlvr2/best.pt"),
+    "attend": (attend, "runs/vl/last.pt"),
+    "masked": (masked, "runs/vl/last.pt"),
+    "embed": (embed, "runs/vl/last.pt"),
+    "curve": (curve, None),
+}
+
+
+def add_flags(command, parser):
+    """Adds the flags of a command."""
+    flag, number = parser.add_argument, at_least(1)
+    if command in ("search", "embed"):
+        flag("--images", metavar="DIR", help="a folder of images; with captions (test.jsonl, …), its split test")
+        flag("--texts", metavar="FILE", help="a text per line")
+    if command == "search":
+        flag("--image", metavar="FILE", help="look for pictures like it, or for texts that fit it")
+        flag("--text", nargs="+", metavar="TEXT", help="look for pictures that fit it")
+        flag("--best", type=number, default=5, metavar="K", help="how many to show")
+        flag("--rerank", type=at_least(0), default=0, metavar="K", help="sort the best K again, with the matching head")
+    if command in ("match", "attend", "masked"):
+        flag("--image", metavar="FILE")
+        flag("--text", nargs="+" if command == "match" else 1, metavar="TEXT")
+    if command == "ask":
+        flag("--image", nargs=1, dest="images", metavar="FILE")
+        flag("--question", dest="text", metavar="TEXT")
+    if command == "compare":
+        flag("--images", nargs=2, metavar=("LEFT", "RIGHT"))
+        flag("--statement", dest="text", metavar="TEXT")
+    if command in ("match", "ask", "compare", "attend", "masked"):
+        flag("--scene", type=at_least(0), default=0, metavar="I", help="of the built-in world, without own files")
+    if command == "attend":
+        flag("--layers", nargs="+", type=number, metavar="L", help="from 1 (default: the vision-language layers; MoMo: all)")
+        flag("--heads", nargs="+", type=number, metavar="H", help="from 1 (default: all)")
+        flag("--relevance", action="store_true", help="for predicting the word: attention × gradient, of all layers")
+    if command == "masked":
+        flag("--seed", type=at_least(0), default=0, help="of the patches that are hidden")
+    if command == "curve":
+        flag("runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
+        flag("--only", nargs="+", metavar="NAME", help="of losses and measures (default: all)")
+
+
+def main():
+    parser = runtime.Parser(description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for command, (function, usual) in COMMANDS.items():
+        one = commands.add_parser(command, description=function.__doc__)
+        if usual:
+            one.add_argument("--checkpoint", default=usual, metavar="FILE", help="of train.py, finetune.py or weights.py")
+        add_flags(command, one)
+        out = "embed.npz" if command == "embed" else f"{command}.png"
+        one.add_argument("--out", default=out, metavar="FILE", help="what to write")
+        one.set_defaults(function=function, stage={"ask": "vqa", "compare": "nlvr2"}.get(command))
+        one.set_defaults(training=False, splits=[], data=["shapes"], vocab=None, seed=0, head_factor=1.0)
+    args = parser.parse_args()
+    args.function(args, runtime.Runtime())
+
+
+if __name__ == "__main__":
+    runtime.run(main)
