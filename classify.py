@@ -14,10 +14,11 @@ import checkpoint
 import losses
 import shapes
 from data import Examples, Loader
-from mome import initialise
+from mome import initialise, unit
 from runtime import UserError
 from sources import image_files, read_splits, task_folder, task_records
 from stage import Task, task_flags
+from texts import read_lines, vocabulary
 
 
 class Classify(Task):
@@ -33,9 +34,28 @@ class Classify(Task):
     def flags(parser, base):
         task_flags(parser, base, images="crop", text=False)
 
+    @staticmethod
+    def evaluation_flags(parser):
+        zero_shot = "needs no head: the class whose captions the dual encoder finds nearest"
+        parser.add_argument("--zero-shot", action="store_true", help=zero_shot)
+        captions = "captions of a class, of which the mean counts; {} is its name"
+        parser.add_argument("--templates", nargs="+", default=["a {}"], metavar="TEXT", help=captions)
+        names = "FOLDER NAME, … per line, as in ImageNet's LOC_synset_mapping.txt (default: the folders' names)"
+        parser.add_argument("--class-names", metavar="FILE", help=names)
+
+    @staticmethod
+    def check(start, args):
+        if args.zero_shot:
+            start.require(["itc_image", "itc_text"])
+        else:
+            Task.check(start, args)
+
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
         self.sources = read_splits(args.splits, lambda split: read(args.data, split, config.image_size))
+        if not args.training and args.zero_shot:
+            self.set_zero_shot(args, config, start, run)
+            return
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
         self.tokenizer = start.tokenizer if start else None  # of an earlier stage with text
 
@@ -50,6 +70,24 @@ class Classify(Task):
             self.samples = [Examples(train, None, self.target, config.image_size, args, "crop")]
         if train and not self.trained:
             self.prepare(args, run)
+
+    @torch.no_grad()
+    def set_zero_shot(self, args, config, start, run):
+        """A head that nobody trained: its weights are the vectors of the classes' captions."""
+        self.model, _ = checkpoint.begin(config, start, args.seed)
+        self.model.to(run.device).eval()
+        self.features = self.model.embed_image
+        self.choices = sorted(labels(self.sources[args.split]))
+        words, _ = vocabulary(args, config, start, run, corpus=None)
+        names = read_names(args.class_names) if args.class_names else {}
+        vectors = []
+        for choice in self.choices:
+            name = names.get(choice, choice.replace("_", " "))
+            ids, mask = words.encode_all([template.replace("{}", name) for template in args.templates])
+            mean = self.model.embed_text(ids.to(run.device), mask.to(run.device)).mean(0)  # (D,)
+            vectors.append(unit(mean))
+        self.head = nn.Linear(config.dim, len(self.choices), bias=False)
+        self.head.weight.data = torch.stack(vectors)  # (C, D)
 
     def prepare(self, args, run):
         """What a new head needs to know of the training data: nothing."""
@@ -81,6 +119,10 @@ class Probe(Classify):
         "tiny": dict(epochs=0.64, batch_size=64, lr=1e-2, clip=1.0, save_every=100),
         "base": dict(epochs=90, batch_size=1024, lr=1e-3, image_size=224, drop_path=0.0),
     }
+
+    @staticmethod
+    def evaluation_flags(parser):
+        parser.set_defaults(zero_shot=False)
 
     def features(self, image):
         with torch.no_grad():
@@ -135,6 +177,15 @@ def read(paths, split, image_size):
         return WorldClasses(split, image_size)
     files = image_files(task_folder(paths), split)
     return task_records(Labelled, [Labelled(path, Path(path).parent.name) for path in files], split)
+
+
+def read_names(path):
+    """{folder: the first of its class's names}."""
+    names = {}
+    for line in read_lines(path):
+        folder, _, name = line.partition(" ")
+        names[folder] = name.split(",")[0].strip()
+    return names
 
 
 def labels(source):

@@ -207,7 +207,8 @@ def guesses(start, model, words, text, mask, image=None):
     for positions in places:
         best = [next(found).max(0) for _ in positions]
         guess = words.tokenizer.decode([piece.indices.item() for piece in best])
-        out.append((words.tokenizer.decode(text[positions].tolist()), guess, math.prod(p.values.item() for p in best)))
+        word = words.tokenizer.decode(text[positions].tolist())
+        out.append((word, guess, math.prod(piece.values.item() for piece in best)))
     return out
 
 
@@ -226,8 +227,8 @@ def masked_logits(start, model, batch):
     if start.head and start.stage.startswith("momo-"):
         decoders = momo.read_decoders(start, model.config).to(batch["masked"].device)
         if "image" in batch:
-            N = model.config.image_size // model.config.patch_size
-            batch["hidden"] = torch.zeros(len(batch["image"]), N * N, dtype=torch.bool, device=batch["masked"].device)
+            N = (model.config.image_size // model.config.patch_size) ** 2
+            batch["hidden"] = batch["mask"].new_zeros(len(batch["mask"]), N)  # none is
         decoder = decoders["text" if "text" in decoders and "image" not in batch else "pair"]
         return momo.reconstruct(model, decoder, batch)[1]
     if "image" in batch:

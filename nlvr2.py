@@ -16,7 +16,7 @@ import texts
 from data import Absent, Examples
 from mome import classifier
 from runtime import UserError
-from sources import json_lines, malformed, read_splits, task_folder, task_records
+from sources import fields, json_lines, malformed, read_splits, task_folder, task_records
 from stage import Task, task_flags
 from texts import cut
 
@@ -130,8 +130,12 @@ def statements(folder, split):
     path = first_that_exists(
         [folder / below / f"{name}.json" for below in ("", "data", "nlvr2/data")]
     )
+    manifest = folder / f"{split}.jsonl"
+    if manifest.exists():
+        yield from own_statements(manifest)
+        return
     if not path.exists():
-        raise Absent(f"{path}: no such file; --data takes a folder with NLVR2's JSON lines and images")
+        raise Absent(f"{path}: no such file; --data takes NLVR2's JSON lines and images, or {manifest.name}")
     root = first_that_exists([folder / name, folder / "images" / name])
     seen = set()
     for where, entry in json_lines(path):
@@ -148,6 +152,19 @@ def statements(folder, split):
         yield Statement(
             (within / f"{pair}-img0.png", within / f"{pair}-img1.png"), text, id, label == "True"
         )
+
+
+def own_statements(path):
+    """Records of a manifest: {"images": [left, right], paths below its folder, "sentence", "label":
+    true or false}, one per line."""
+    numbers = {}  # of the sentences
+    for number, (where, entry) in enumerate(json_lines(path)):
+        images, text, label = fields(where, entry, images=list, sentence=str, label=bool)
+        if len(images) != 2 or not all(isinstance(image, str) for image in images):
+            raise UserError(f"{where}: images must be two paths, left and right")
+        sentence = numbers.setdefault(text, len(numbers))
+        left, right = (path.parent / image for image in images)
+        yield Statement((left, right), text, f"{path.stem}-{sentence}-{number}-0", label)
 
 
 def first_that_exists(paths: list[Path]):

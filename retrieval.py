@@ -208,9 +208,10 @@ class Reranker:
 
 
 def reranked(model, best, scores, ids, mask, images):
-    """K numbers of scores, sorted again by what both heads say together, as in reorder.
-    ids, mask (K, T), images (K, 3, S, S)."""
-    logits = model.match(ids, mask, images)
+    """K numbers of scores, sorted again by what both heads say together, as in reorder. ids, mask
+    (K or 1, T), images (K or 1, 3, S, S)."""
+    K = len(best)
+    logits = model.match(ids.expand(K, -1), mask.expand(K, -1), images.expand(K, -1, -1, -1))
     odds = model.scale() * scores[best] + logits[:, 1] - logits[:, 0]  # (K,)
     return [best[k] for k in odds.argsort(descending=True).tolist()]
 
@@ -239,7 +240,10 @@ def embed_pictures(model, source, numbers, device):
 
 def kept_vectors(model, source, path, checkpoint, device):
     """The pictures of a source → unit vectors (I, D), NaN for an unreadable one. They are kept in
-    the file `path`, and used again where neither a picture nor the checkpoint has changed."""
+    the file `path`, if it is named, and used again where neither a picture nor the checkpoint has
+    changed."""
+    if path is None:
+        return embed_pictures(model, source, range(len(source)), device).to(device)
     trained = stamp(checkpoint)
     known = read_vectors(path, trained)
     stamps = [stamp(source[i].image) for i in range(len(source))]
@@ -251,7 +255,7 @@ def kept_vectors(model, source, path, checkpoint, device):
         vectors = np.stack(list(known.values()))
         content = {"checkpoint": trained, "files": np.array(list(known)), "vectors": vectors}
         runtime.write(path, lambda file: np.savez(file, **content))
-    return torch.from_numpy(np.stack([known[key] for key in stamps]))
+    return torch.from_numpy(np.stack([known[key] for key in stamps])).to(device)
 
 
 def stamp(path):

@@ -273,8 +273,8 @@ class Log:
             path = Path(out, "metrics.jsonl")
             kept = ""
             if done and path.exists():  # the test split is measured again at the end
-                lines = [line for line, entry in read_metrics(path) if entry["step"] <= done and entry.get("split") != "test"]
-                kept = "".join(lines)
+                for line, entry in read_metrics(path):
+                    kept += line if entry["step"] <= done and entry.get("split") != "test" else ""
             write(path, lambda file: file.write(kept.encode()))
             self.file = open(path, "a", buffering=1)
         self.restart(done)

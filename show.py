@@ -68,13 +68,6 @@ def image_and_texts(args, config):
     return world.image(args.scene), args.text or world[args.scene].captions
 
 
-def pictures(args, config):
-    """The source of --images, or of the built-in world."""
-    if args.images:
-        return sources.folder_of_images(args.images, config.image_size)
-    return shapes.World("test", config.image_size)
-
-
 def save(picture, args):
     runtime.write(args.out, lambda file: picture.save(file, "PNG"))
     print(args.out)
@@ -90,32 +83,31 @@ def search(args, run):
     Scores are cosines (ITC); with --rerank the best K are sorted again by the matching head (ITM).
     Pictures that are known to be right have a green frame.
     """
-    model, words, config = load(args, run, ["itc_image", "itc_text"] + ["itm_head"] * bool(args.rerank))
+    needs = ("itc_image", "itc_text", "itm_head") if args.rerank else ("itc_image", "itc_text")
+    model, words, config = load(args, run, needs)
     if args.texts:
         return search_texts(model, words, args, run)
     if args.rerank and args.image:
         raise UserError("--rerank matches an image with texts, not with images")
-    source = pictures(args, config)
-    if args.images:
-        kept = Path(args.out).with_suffix(".vectors.npz")
-        gallery = retrieval.kept_vectors(model, source, kept, args.checkpoint, run.device)  # (I, D)
-    else:
-        gallery = retrieval.embed_pictures(model, source, range(len(source)), run.device)
+    source = sources.folder_of_images(args.images, config.image_size)
+    kept = Path(args.out).with_suffix(".vectors.npz") if args.images else None
+    gallery = retrieval.kept_vectors(model, source, kept, args.checkpoint, run.device)  # (I, D)
     if args.image:
         titles, queries = [args.image], model.embed_image(view(data.read_image(args.image), config, run))
     else:
-        titles = args.text or [caption for i in range(3) for caption in source[i].captions[:1]]
-        if not titles:
-            raise UserError(f"{args.images} has no captions: name a --text or an --image")
+        first = range(min(3, len(source)))
+        titles = args.text or [caption for i in first for caption in source[i].captions[:1]]
         ids, mask = encode(words, titles, run)
         queries = model.embed_text(ids, mask)  # (C, D)
     rows = []
     for q, title in enumerate(titles):
-        scores = (gallery.to(run.device) @ queries[q]).nan_to_num(-1)  # (I,)
-        best = scores.topk(min(max(args.best, args.rerank), len(scores))).indices.tolist()
+        scores = (gallery @ queries[q]).nan_to_num(-2)  # (I,): −2 is unreadable
+        best = scores.topk(min(max(args.best, args.rerank), int((scores > -2).sum()))).indices.tolist()
+        if not best:
+            raise UserError(f"no image of {args.images} can be read")
         if args.rerank:
             images = torch.cat([view(source.image(i), config, run) for i in best])
-            best = retrieval.reranked(model, best, scores, ids[q].expand(len(best), -1), mask[q].expand(len(best), -1), images)
+            best = retrieval.reranked(model, best, scores, ids[[q]], mask[[q]], images)
         tiles = []
         print(title)
         for rank, i in enumerate(best[: args.best], start=1):
@@ -136,10 +128,9 @@ def search_texts(model, words, args, run):
     scores = retrieval.embed_texts(model, ids, mask, run.device, 64) @ model.embed_image(pixels)[0]  # (C,)
     best = scores.topk(min(max(args.best, args.rerank), len(scores))).indices.tolist()
     if args.rerank:
-        pairs = ids[best].to(run.device), mask[best].to(run.device), pixels.expand(len(best), -1, -1, -1)
-        best = retrieval.reranked(model, best, scores, *pairs)
-    found = "\n".join(f"{rank}.  {scores[n]:.3f}  {texts[n]}" for rank, n in enumerate(best[: args.best], start=1))
-    print(found)
+        best = retrieval.reranked(model, best, scores, ids[best].to(run.device), mask[best].to(run.device), pixels)
+    rows = [f"{k}.  {scores[n]:.3f}  {texts[n]}" for k, n in enumerate(best[: args.best], start=1)]
+    print(found := "\n".join(rows))
     save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written(found)])]), args)
 
 
@@ -166,7 +157,7 @@ def embed(args, run):
     """Unit vectors of the images of a folder and of the texts of a file, for other tools: images
     (I,) names, image_vectors (I, D), texts (C,), text_vectors (C, D) float32, in one .npz."""
     model, words, config = load(args, run, ["itc_image", "itc_text"])
-    source = pictures(args, config)
+    source = sources.folder_of_images(args.images, config.image_size)
     vectors = retrieval.embed_pictures(model, source, range(len(source)), run.device)  # (I, D)
     readable = (~vectors[:, 0].isnan()).nonzero()[:, 0].tolist()
     names = [source[i].image for i in readable]
@@ -205,7 +196,8 @@ def ask(args, run):
         images = images if isinstance(images, list | tuple) else [images]
         pixels = torch.cat([view(image, config, run) for image in images])  # (1 or 2, 3, S, S)
         ids, mask = encode(task.words, [text] if text else [], run)
-        [logits] = task.predict({"image": pixels if len(images) == 1 else pixels[None], "text": ids, "mask": mask})
+        pixels = pixels if len(images) == 1 else pixels[None]
+        [logits] = task.predict({"image": pixels, "text": ids, "mask": mask})
         found = task.say(logits)
         print(f"{text}\n{found}")
         rows.append((text, [*map(drawing.tile, images), drawing.written(found)]))
@@ -245,8 +237,7 @@ def attend(args, run):
     for positions in words.words(ids[0]):
         word, patches = words.tokenizer.decode(ids[0, positions].tolist()), weights[positions].mean(0)
         row, column = divmod(int(patches.argmax()), math.isqrt(len(patches)))
-        ratio = patches.max() / patches.mean()
-        print(f"{word:12}  hottest patch: row {row + 1}, column {column + 1}, {ratio:.1f} × the mean")
+        print(f"{word:12}  hottest patch: row {row + 1}, column {column + 1}")
         tiles.append(drawing.tile(drawing.heat(square, patches.tolist()), word))
     save(drawing.sheet([("" if k else texts[0], tiles[k : k + 7]) for k in range(0, len(tiles), 7)]), args)
     if not args.image:
@@ -268,7 +259,7 @@ def masked(args, run):
     if words:
         ids, mask = encode(words, texts[:1], run)
     if "image" in known:
-        hidden = inside.hidden_patches(start, config, random.Random(args.seed)).to(run.device)
+        hidden = inside.hidden_patches(start, config, random.Random(0)).to(run.device)
         views = {
             "image": pixels,
             "what it sees": inside.with_patches(pixels, hidden, 0.0),
@@ -286,8 +277,7 @@ def masked(args, run):
 
 def curve(args, run):
     """The losses of one run or several, and what was measured, from their metrics.jsonl."""
-    chart = drawing.curves(args.runs, args.only)
-    if not chart:
+    if not (chart := drawing.curves(args.runs, args.only)):
         raise UserError(f"{' '.join(args.runs)}: nothing to draw")
     save(chart, args)
 
@@ -309,14 +299,17 @@ COMMANDS = {  # the function, and the checkpoint that its built-in world usually
 def add_flags(command, parser):
     """Adds the flags of a command."""
     flag, number = parser.add_argument, at_least(1)
+    sorted_again = "sort the best K again, with the matching head"
+    by_default = "from 1 (default: the vision-language layers; MoMo: all)"
+    relevance = "for predicting the word: attention × gradient, through all layers"
     if command in ("search", "embed"):
-        flag("--images", metavar="DIR", help="a folder of images; with captions (test.jsonl, …), its split test")
+        flag("--images", metavar="DIR", help="a folder; if it has captions, its split test")
         flag("--texts", metavar="FILE", help="a text per line")
     if command == "search":
         flag("--image", metavar="FILE", help="look for pictures like it, or for texts that fit it")
         flag("--text", nargs="+", metavar="TEXT", help="look for pictures that fit it")
         flag("--best", type=number, default=5, metavar="K", help="how many to show")
-        flag("--rerank", type=at_least(0), default=0, metavar="K", help="sort the best K again, with the matching head")
+        flag("--rerank", type=at_least(0), default=0, metavar="K", help=sorted_again)
     if command in ("match", "attend", "masked"):
         flag("--image", metavar="FILE")
         flag("--text", nargs="+" if command == "match" else 1, metavar="TEXT")
@@ -327,13 +320,11 @@ def add_flags(command, parser):
         flag("--images", nargs=2, metavar=("LEFT", "RIGHT"))
         flag("--statement", dest="text", metavar="TEXT")
     if command in ("match", "ask", "compare", "attend", "masked"):
-        flag("--scene", type=at_least(0), default=0, metavar="I", help="of the built-in world, without own files")
+        flag("--scene", type=at_least(0), default=0, metavar="I", help="of the built-in world")
     if command == "attend":
-        flag("--layers", nargs="+", type=number, metavar="L", help="from 1 (default: the vision-language layers; MoMo: all)")
+        flag("--layers", nargs="+", type=number, metavar="L", help=by_default)
         flag("--heads", nargs="+", type=number, metavar="H", help="from 1 (default: all)")
-        flag("--relevance", action="store_true", help="for predicting the word: attention × gradient, of all layers")
-    if command == "masked":
-        flag("--seed", type=at_least(0), default=0, help="of the patches that are hidden")
+        flag("--relevance", action="store_true", help=relevance)
     if command == "curve":
         flag("runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
         flag("--only", nargs="+", metavar="NAME", help="of losses and measures (default: all)")
@@ -345,7 +336,7 @@ def main():
     for command, (function, usual) in COMMANDS.items():
         one = commands.add_parser(command, description=function.__doc__)
         if usual:
-            one.add_argument("--checkpoint", default=usual, metavar="FILE", help="of train.py, finetune.py or weights.py")
+            one.add_argument("--checkpoint", default=usual, metavar="FILE", help="the model")
         add_flags(command, one)
         out = "embed.npz" if command == "embed" else f"{command}.png"
         one.add_argument("--out", default=out, metavar="FILE", help="what to write")

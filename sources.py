@@ -228,6 +228,14 @@ def json_lines(path):
             yield where, parse_json(line, where)
 
 
+def fields(where, entry, **kinds):
+    """The values of a record's fields, of these types. UserError that names the record and the field."""
+    for name, kind in kinds.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
+            raise UserError(f'{where}: "{name}" must be there, a {kind.__name__}')
+    return [entry[name] for name in kinds]
+
+
 def official_records(path, name):
     """(where, entry) of the list of that name in an official JSON file."""
     content = parse_json(read_text(path), path)
@@ -276,7 +284,10 @@ def image_files(folder, split):
 
 
 def folder_of_images(path, image_size):
-    """The source of all images below a folder, or of its split test if it has captions."""
+    """The source of all images below a folder, or of its split test if it has captions; without a
+    path, the built-in world."""
+    if path is None:
+        return shapes.World("test", image_size)
     check_folder(path)
     if captions_file(path, "test"):
         return pictures([path], "test", image_size)

@@ -19,7 +19,7 @@ import texts
 from data import Absent, Examples, split_by_hash
 from mome import classifier
 from runtime import UserError
-from sources import malformed, official_records, read_splits, task_folder, task_records
+from sources import fields, json_lines, malformed, official_records, read_splits, task_folder, task_records
 from stage import Task, task_flags
 from texts import cut
 
@@ -161,10 +161,14 @@ def questions(folder, split):
     """Records of a split. UserError where its two files do not fit together."""
     if split not in SUBSETS:
         raise Absent(f"VQA 2.0 has no split {split}, but {', '.join(SUBSETS)}, minival, trainval")
+    manifest = folder / f"{split}.jsonl"
+    if manifest.exists():
+        yield from own_questions(manifest)
+        return
     subset = SUBSETS[split]
     path = folder / f"v2_OpenEnded_mscoco_{subset}_questions.json"
     if not path.exists():
-        raise Absent(f"{path}: no such file; --data takes the folder of VQA 2.0's unpacked archives")
+        raise Absent(f"{path}: no such file; --data takes VQA 2.0's unpacked archives, or {manifest.name}")
     answers_path = folder / f"v2_mscoco_{subset}_annotations.json"
     known = annotations(answers_path) if answers_path.exists() else None
 
@@ -185,6 +189,26 @@ def questions(folder, split):
     for id in known or ():
         if id not in seen:
             raise UserError(f"{answers_path} has answers to question {id}, which {path.name} lacks")
+
+
+def own_questions(path):
+    """Records of a manifest: {"image": path below its folder, "question", "answers": [text, …]}, one
+    per line; in no line answers if they are not known. Lists of fewer than ten are repeated, so that
+    an answer counts as in VQA 2.0."""
+    without = set()
+    for number, (where, entry) in enumerate(json_lines(path)):
+        image, text = fields(where, entry, image=str, question=str)
+        answers = entry.get("answers")
+        without.add(answers is None)
+        if len(without) > 1:
+            raise UserError(f"{where}: answers must be in all lines or in none")
+        if answers is None:
+            yield Question(path.parent / image, text, number, None, None, None)
+            continue
+        if not isinstance(answers, list) or not answers or not all(isinstance(one, str) for one in answers):
+            raise UserError(f"{where}: answers must be a list of at least one text")
+        [(majority, _)] = collections.Counter(answers).most_common(1)
+        yield Question(path.parent / image, text, number, answers * -(-10 // len(answers)), majority, "other")
 
 
 def annotations(path):
@@ -238,25 +262,26 @@ def normalise(answer):
 
 
 def answers_to_learn(args, sources):
-    """The answers of the training data; with --trainval of all there is, for the usual 3,129. The
-    first 5,000 questions of the built-in world have every answer."""
+    """The answers of the training data; with --trainval of all there is, for the usual 3,129. Of a
+    manifest all answers; the first 5,000 questions of the built-in world have every answer."""
     used = sources.values() if args.trainval else [sources["train"]]
     majorities = []
     for source in used:
         count = min(len(source), 5000) if args.data == ["shapes"] else len(source)
         majorities += [source[i].majority for i in range(count)]
-    answers = answer_vocabulary(majorities)
+    own = Path(args.data[0], "train.jsonl").exists()
+    answers = answer_vocabulary(majorities, 1 if own else 9)
     if not answers:
         raise UserError(f"--data {args.data[0]}: no answer comes often enough to be learned")
     return answers
 
 
-def answer_vocabulary(majorities):
-    """The answers that a model chooses from: the normalised majority answers that come at least 9
-    times, in the order of their first appearance. Those of train2014 and val2014 are the usual
-    3,129."""
+def answer_vocabulary(majorities, often=9):
+    """The answers that a model chooses from: the normalised majority answers that come at least so
+    often, in the order of their first appearance. Those of train2014 and val2014 that come 9 times
+    are the usual 3,129."""
     counts = collections.Counter(map(normalise, majorities))
-    return [answer for answer, count in counts.items() if count >= 9]
+    return [answer for answer, count in counts.items() if count >= often]
 
 
 def released_answers(folder):

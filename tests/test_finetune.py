@@ -193,6 +193,30 @@ def test_other_classes_get_a_new_head(start, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("with a new head") == 2
 
 
+def test_zero_shot_the_class_is_that_of_the_nearest_captions(start, tmp_path, monkeypatch, capsys):
+    """The mean vector of a class's captions, by a loop; names of classes from a file."""
+    for name, colors in (("n1", ("red", "blue")), ("n2", ("green", "white", "black"))):
+        for color in colors:
+            picture(tmp_path / f"test/{name}/{color}.png", color)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "names.txt").write_text("n1 red circle, scarlet\nn2 blue star\n")
+    model, words, config = checkpoint.load_model(start)
+    right = 0
+    with torch.no_grad():
+        means = []
+        for name in ("red circle", "blue star"):
+            ids, mask = words.encode_all([f"a {name}", f"a small {name} above"])
+            means.append(model.embed_text(ids, mask).mean(0))
+        for path in sorted((tmp_path / "test").rglob("*.png")):
+            vector = model.embed_image(data.read_images([path], config.image_size))[0]
+            cosines = [vector @ mean / mean.norm() for mean in means]
+            right += ("n2" if cosines[1] > cosines[0] else "n1") == path.parent.name
+    ask = ["--task", "classify", "--zero-shot", "--checkpoint", start, "--data", tmp_path]
+    ask += ["--class-names", tmp_path / "names.txt", "--templates", "a {}", "a small {} above"]
+    call(monkeypatch, evaluate, *ask)
+    assert answer(capsys)["accuracy"] == pytest.approx(100 * right / 5)
+
+
 # ---- Mistakes ------------------------------------------------------------------------------------
 
 REFUSED = """
@@ -204,7 +228,8 @@ finetune --task vqa --data absent | finetune --task retrieval --data absent
 finetune --task nlvr2 --vocab absent.txt | finetune --out vl --resume
 evaluate --checkpoint image/last.pt | evaluate --checkpoint vl/last.pt --task vqa
 evaluate --checkpoint vl/last.pt --rerank -1 | evaluate --task vqa --predictions absent/x.json
-evaluate --checkpoint vl/last.pt --predictions x.json
+evaluate --checkpoint vl/last.pt --predictions x.json | evaluate --task probe --zero-shot --checkpoint vl/last.pt
+evaluate --task classify --zero-shot --checkpoint image/last.pt
 """
 
 

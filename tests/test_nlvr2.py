@@ -81,6 +81,27 @@ def test_files_that_do_not_fit_are_refused(changes, tmp_path):
         task.read([nlvr2(tmp_path, **changes)], "val", 8)
 
 
+def test_a_manifest_of_own_statements(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    lines = []
+    for sentence, label in (("Both are red.", True), ("One is blue.", False), ("Both are red.", False)):
+        lines.append({"images": ["a.png", "b.png"], "sentence": sentence, "label": label})
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    source = task.read([tmp_path], "train", 8)
+    files = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert source[1][:2] == (files, "One is blue.") and not source[1].label
+    statements = [source[i] for i in range(3)]
+    assert len({statement.id for statement in statements}) == 3
+    found = task.accuracies([1, 0, 1], statements)  # wrong once, in the sentence with two pairs
+    assert found == pytest.approx({"accuracy": 200 / 3, "consistency": 50})
+    for changes in ({"images": ["a.png"]}, {"images": ["a.png", 5]}, {"label": "True"}, {"sentence": None}):
+        path.write_text(json.dumps(lines[0] | changes))
+        with pytest.raises(UserError):
+            task.read([tmp_path], "train", 8)
+
+
 def test_the_real_sentences_fit_generated_pictures(shared, tmp_path):
     lines = (shared / "data/nlvr2/dev.json").read_text()
     (tmp_path / "dev").mkdir()

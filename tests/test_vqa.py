@@ -131,6 +131,34 @@ def test_files_that_do_not_fit_are_refused(changes, tmp_path):
         task.read([tmp_path], "train", 8)
 
 
+def test_a_manifest_of_own_questions(tmp_path):
+    picture(tmp_path / "below/a.png")
+    lines = [
+        {"image": "below/a.png", "question": "What is it?", "answers": ["a dog", "dog", "a dog"]},
+        {"image": "below/a.png", "question": "Is it red?", "answers": ["yes"]},
+    ]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    source = task.read([tmp_path], "train", 8)
+    file = str(tmp_path / "below/a.png")
+    twelve = ["a dog", "dog", "a dog"] * 4
+    assert source[0] == Question(file, "What is it?", 0, twelve, "a dog", "other")
+    assert source[1].answers == ["yes"] * 10 and task.accuracy("Yes.", source[1].answers) == 1
+    args = SimpleNamespace(data=[str(tmp_path)], trainval=False)
+    assert task.answers_to_learn(args, {"train": source}) == ["dog", "yes"]  # each came once
+    for changes in (
+        {"answers": []}, {"answers": "yes"}, {"answers": [1]}, {"answers": None}, {"image": None},
+        {"question": 5}, {"image": "below/b.png"},
+    ):  # fmt: skip
+        path.write_text("\n".join(map(json.dumps, [lines[0], lines[1] | changes])))
+        with pytest.raises(UserError):
+            task.read([tmp_path], "train", 8)
+    for line in lines:
+        del line["answers"]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert task.read([tmp_path], "train", 8)[1].answers is None
+
+
 def test_the_world_asks_four_questions_about_each_scene():
     source = task.WorldQuestions("test", 32, count=300)
     assert len(source) == 1200 and source[9].answers == [source[9].majority] * 10

@@ -1,0 +1,138 @@
+"""Attention and relevance of words, the pointing game, and what is filled in."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import inside
+import shapes
+from mome import Config, VLMo
+from texts import Words, train_tokenizer
+
+CAPTION = "a small red circle above a large blue star"
+
+
+def model_of(position="absolute", **changes):
+    sizes = dict(dim=16, layers=2, heads=2, vl_layers=1, image_size=16, patch_size=4, max_text_len=12)
+    torch.manual_seed(0)
+    model = VLMo(Config(**sizes, position=position, vocab_size=60, init_std=0.3, **changes)).eval()
+    if position == "relative":
+        torch.nn.init.normal_(model.relative_table)
+    return model
+
+
+@pytest.fixture(scope="module")
+def words():
+    return Words(train_tokenizer([CAPTION] * 20, 60), 12)
+
+
+def pair(words):
+    text, mask = words.encode_all([CAPTION, "a star"])
+    return text, mask, torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("position", ["absolute", "relative"])
+def test_attention_that_is_caught_is_that_of_the_fused_kernel(position, words):
+    model, inputs = model_of(position), pair(words)
+    with torch.no_grad():
+        expected = model.encode_pair(*inputs)
+        with inside.attention_of(model) as caught:
+            torch.testing.assert_close(model.encode_pair(*inputs), expected)
+        assert len(caught) == 2 and torch.equal(model.encode_pair(*inputs), expected)
+    T = inputs[0].shape[1]
+    for layer in caught:
+        torch.testing.assert_close(layer.sum(-1), torch.ones(layer.shape[:3]))
+        assert (layer[..., :T].amax((1, 2)) > 0).equal(inputs[1])  # padding is never read
+    maps = inside.attention_maps(model, *inputs, [1], [0])
+    assert maps.shape == (2, T, 16) and torch.equal(maps, caught[1][:, 0, :T, T + 1 :])
+
+
+def test_relevance_is_attention_times_gradient_followed_through_the_layers(words):
+    """A word at a time, head by head, with the products written out."""
+    model, (text, mask, image) = model_of(), pair(words)
+    text, mask, image = text[0], mask[0], image[0]
+    found = inside.relevance_maps(model, words, text, mask, image)
+    for positions in words.words(text):
+        masked = text.clone()
+        masked[positions] = words.mask
+        with inside.attention_of(model) as caught:
+            states = model.encode_pair(masked[None], mask[None], image[None])[0]
+        logits = model.mlm_head(states[positions])
+        gradients = torch.autograd.grad(sum(logits[k, text[p]] for k, p in enumerate(positions)), caught)
+        R = torch.eye(len(states))
+        for attention, gradient in zip(caught, gradients):
+            heads = [(attention[0, h] * gradient[0, h]).clamp(min=0) for h in range(2)]
+            R = R + (sum(heads) / 2) @ R
+        expected = R[positions, len(text) + 1 :].mean(0).detach()
+        for position in positions:
+            torch.testing.assert_close(found[position], expected)
+
+
+def test_maps_that_point_at_things_win_the_game_and_others_lose(words):
+    """The first thing is red, the second blue: a map of one of them is right for its own words."""
+    words = Words(train_tokenizer(shapes.World("test", 0).corpus(), 200), 24)
+    config = Config(image_size=48, patch_size=4, max_text_len=24)
+    world, scenes = shapes.World("test", 48), iter(range(10))
+
+    def point(at):
+        def maps(text, mask, image):
+            weights = at(world.places(next(scenes)))
+            return weights.expand(text.shape[1], -1)
+
+        return maps
+
+    first = point(lambda places: inside.patches_inside(places, config)[0].float())
+    found = inside.pointing_game(first, words, config, "cpu", count=10)
+    things = [len(world.places(i)) for i in range(10)]
+    assert found["color"] == pytest.approx(100 * 10 / sum(things)) and found["any thing"] == 100
+    scenes = iter(range(10))
+    corner = point(lambda places: torch.eye(144)[0])
+    lost = inside.pointing_game(corner, words, config, "cpu", count=10)
+    assert lost["all"] == lost["any thing"] == 0
+    share = [inside.patches_inside(world.places(i), config).float().mean(1) for i in range(10)]
+    assert lost["chance"] == pytest.approx(100 * torch.cat(share).mean().item())
+
+
+def test_things_are_where_they_are_drawn():
+    world = shapes.World("test", 96)
+    for i in range(20):
+        pixels = torch.from_numpy(np.array(world.image(i))).float()  # (96, 96, 3)
+        for thing, (x, y, radius) in zip(world.scene(i)["things"], world.places(i)):
+            color = torch.tensor(shapes.COLORS[thing["color"]])
+            near = (pixels - color).abs().amax(2) <= 16  # (96, 96)
+            rows, columns = near.nonzero().T
+            close = (rows - y).square() + (columns - x).square() <= (1.2 * radius) ** 2
+            assert close.sum() > 0.3 * radius**2
+
+
+def test_hidden_patches_get_other_values_and_the_rest_stays():
+    image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    hidden = torch.zeros(1, 16, dtype=torch.bool)
+    hidden[0, 5] = True  # row 1, column 1
+    gray = inside.with_patches(image, hidden, 0.0)
+    assert set(gray[0, :, 4:8, 4:8].flatten().tolist()) <= {127, 128}
+    gray[0, :, 4:8, 4:8] = image[0, :, 4:8, 4:8]
+    assert torch.equal(gray, image)
+    values = inside.patches_of(image.float() / 127.5 - 1, 16)[hidden]
+    assert torch.equal(inside.with_patches(image, hidden, values), image)
+
+
+def test_guesses_are_the_likeliest_words_in_the_place_of_each(words):
+    """Of a VLMo, next to an image and without."""
+    model, (text, mask, image) = model_of(), pair(words)
+    start = type("Start", (), {"stage": "vl", "head": {}})
+    text, mask = text[0], mask[0]
+    with torch.no_grad():
+        for seen in (None, image[:1]):
+            found = inside.guesses(start, model, words, text, mask, seen)
+            assert " ".join(word for word, _, _ in found) == CAPTION
+            for positions, (_, guess, probability) in zip(words.words(text), found):
+                masked = text.clone()
+                masked[positions] = words.mask
+                inputs = (masked[None], mask[None])
+                states = model.encode_text(*inputs) if seen is None else model.encode_pair(*inputs, seen)
+                best = model.mlm_head(states[0, positions]).softmax(1).max(1)
+                assert guess == words.tokenizer.decode(best.indices.tolist())
+                assert probability == pytest.approx(math.prod(best.values.tolist()), rel=1e-4)
