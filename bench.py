@@ -3,6 +3,7 @@ how fast retrieval is. Ratios compare sides that alternate in one run on one mac
 
     python bench.py                                   # base, 224 pixels, on this CPU or GPU
     python bench.py --config tiny --amp off           # two minutes
+    python bench.py --sizes --config base base_plus large --amp bf16    # memory and work per sample
 
 Shape letters as in losses.py; T text tokens, N patches, S rows of a sequence, H heads.
 """
@@ -26,11 +27,12 @@ import momo
 import retrieval
 import runtime
 import train
-from mome import CONFIGS, Router, VLMo, unit
+from mome import CONFIGS, Router, VLMo, classifier, unit
 from runtime import at_least
 from stage import Stage
-from stages import VL
+from stages import VL, Text, language_part
 from texts import IGNORE
+from vqa import VQA
 
 CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -336,12 +338,78 @@ def rank(image, text, relevant):
     retrieval.search(text, image, relevant.flip(0))
 
 
+# Runs at the paper's sizes: pixels and tokens
+RUNS = (("stage text", 224, 196), ("stage vl", 224, 40), ("retrieval", 384, 40), ("vqa", 480, 40))
+
+
+def bench_sizes(name, run):
+    """What one more sample in the batch costs, with a text of full length: memory of its activations,
+    with and without --recompute, and work. Next to it what the parameters that train, their
+    gradients and AdamW's averages take, in float32."""
+    rows = []
+    for kind, size, tokens in RUNS:
+        config = dataclasses.replace(CONFIGS[name], image_size=size, max_text_len=tokens)
+        row = {"run": kind, "pixels": size, "tokens": tokens}
+        for column, recompute in (("MB a sample", False), ("with --recompute", True)):
+            stage = stage_of(kind, config).to(run.device).train()
+            batches = [training_batch(kind, config, b, run.device) for b in (4, 2)]
+            train.freeze_unread(stage, batches[1:], run)
+            for p in stage.parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(forget)  # so that the peak is of activations
+            runtime.speed_up(stage, SimpleNamespace(recompute=recompute, compile=False), run)
+            steps = [partial(gradients, stage, batch, run) for batch in batches]
+            four, two = (tensor_memory(step, run.device) for step in steps)
+            row[column] = (four - two) / 2
+            if not recompute:
+                parameters = sum(p.numel() for p in stage.parameters() if p.requires_grad)
+                row["TFLOP a sample"] = (flops(steps[0]) - flops(steps[1])) / 2e12
+        rows.append(row | {"parameters, M": parameters / 1e6, "MB besides": 16 * parameters / 1e6})
+    return rows
+
+
+def stage_of(kind, config):
+    """A stage or task, without data."""
+    model, head = VLMo(config), nn.Module()
+    if kind == "stage text":
+        model.requires_grad_(False)
+        for module in language_part(model):
+            module.requires_grad_(True)
+        return bare(Text, model, head=head, loss_weights={"mlm": 1.0})
+    if kind == "vqa":
+        return bare(VQA, model, head=classifier(config, config.dim, 3129), loss_weights={"loss": 1.0})
+    weights = ALL if kind == "stage vl" else {"itc": 1.0}
+    return bare(VL, model, head=head, loss_weights=weights, negatives="global")
+
+
+def training_batch(kind, config, b, device):
+    """b pairs with texts of full length."""
+    batch = pairs(config, b, device, full=True)
+    return batch | {"target": torch.rand(b, 3129, device=device)} if kind == "vqa" else batch
+
+
+def forget(parameter):
+    parameter.grad = None
+
+
+def gradients(stage, batch, run):
+    """Forward and backward pass."""
+    with run.autocast():
+        values = stage(batch)
+    sum(w * values[name] for name, w in stage.loss_weights.items()).backward()
+
+
 # ---- The command ---------------------------------------------------------------------------------
 
 
 def jobs(args):
     """What to measure: (title of a table, first columns of its rows, function, its arguments)."""
     listed = []
+    if args.sizes:
+        for name, amp in itertools.product(args.config, args.amp):
+            labels = {"config": name, "amp": amp}
+            listed.append(("memory and work of a sample", labels, bench_sizes, name, runtime.Runtime(amp)))
+        return listed
     kinds = ["textbook", "ours", "ours, recomputed"]
     if args.compile:
         kinds.append("ours, compiled")
@@ -378,6 +446,7 @@ def main():
     amp = ["bf16"] if gpu else ["off", "bf16"]
     parser.add_argument("--amp", nargs="+", choices=["off", "bf16", "fp16"], default=amp)
     parser.add_argument("--compile", action="store_true", help="a compiled side, too")
+    parser.add_argument("--sizes", action="store_true", help="only memory and work of a sample")
     parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="of each side")
     parser.add_argument("--out", metavar="FILE", help="the numbers as JSON")
     args = parser.parse_args()

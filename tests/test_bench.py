@@ -124,3 +124,14 @@ def test_the_benchmark_prints_tables_and_writes_its_numbers(tmp_path, monkeypatc
     textbook, ours, recomputed = found["a step of stage vl"]
     assert ours["TFLOP a step"] < textbook["TFLOP a step"]
     assert recomputed["tensors, MB"] < ours["tensors, MB"] < textbook["tensors, MB"]
+
+
+def test_what_a_sample_costs(monkeypatch):
+    """Per sample, so twice the parameters that train do not count; --recompute keeps less."""
+    monkeypatch.setattr(bench, "RUNS", tuple((kind, 32, 16) for kind, _, _ in bench.RUNS))
+    rows = bench.bench_sizes("tiny", runtime.Runtime())
+    assert [row["run"] for row in rows] == ["stage text", "stage vl", "retrieval", "vqa"]
+    for row in rows:
+        assert 0 < row["with --recompute"] < row["MB a sample"] and row["TFLOP a sample"] > 0
+    text, vl, dual, vqa = (row["TFLOP a sample"] for row in rows)
+    assert vl > 3 * vqa and vl > 3 * dual  # four pairs are fused, and both are encoded

@@ -1,8 +1,16 @@
-"""What README.md says of the files."""
+"""What the documents say of the files, and the programs in them."""
 
+import json
 import re
 
+import torch
 from conftest import ROOT
+from PIL import Image
+
+
+def program(name):
+    """The Python program in a document."""
+    return re.search(r"```python\n(.+?)```", (ROOT / name).read_text(), re.DOTALL)[1]
 
 
 def test_the_readme_is_short_and_names_every_file_with_its_lines():
@@ -13,3 +21,47 @@ def test_the_readme_is_short_and_names_every_file_with_its_lines():
         named |= dict(zip(re.findall(r"`(\w+\.py)`", files), map(int, lines.split(", ")), strict=True))
     counted = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
     assert named == counted
+    assert f"losses are {named['mome.py'] + named['losses.py']} lines" in text.replace("\n", " ")
+
+
+def test_the_documents_name_files_that_are_there_and_pictures_are_small():
+    size = 0
+    for document in ("README.md", "RECIPES.md", "RESULTS.md", "DEVIATIONS.md"):
+        text = (ROOT / document).read_text()
+        for name in re.findall(r"\]\((?!http)(.+?)\)", text) + re.findall(r"`(docs/\S+?)`", text):
+            assert (ROOT / name).exists(), name
+    for name in re.findall(r"\((docs/.+?\.png)\)", (ROOT / "README.md").read_text()):
+        size += (ROOT / name).stat().st_size
+    assert size < 300_000
+
+
+def test_the_readme_s_program_runs(stages, tmp_path, monkeypatch):
+    (tmp_path / "coco.pt").symlink_to(stages / "vl/last.pt")
+    for name in ("dog.jpg", "cat.jpg"):
+        Image.new("RGB", (30, 20), "red").save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(program("README.md"), names)
+    assert names["cosine"].shape == (2, 2)
+    torch.testing.assert_close(names["cosine"][0], names["cosine"][1])  # of equal pictures
+
+
+def test_the_recipe_s_program_makes_a_manifest_of_visual_genome(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures = [{"image_id": k, "url": f"https://x/VG_100K_2/{k}.jpg", "coco_id": coco} for k, coco in ((1, None), (2, 77))]
+    regions = [{"id": k, "regions": [{"phrase": " a dog "}, {"phrase": "a dog"}, {"phrase": ""}]} for k in (1, 2)]
+    karpathy = {"images": [{"cocoid": 77, "split": "test"}, {"cocoid": 78, "split": "train"}]}
+    for name, content in (
+        ("vg/image_data.json", pictures),
+        ("vg/region_descriptions.json", regions),
+        ("coco/dataset_coco.json", karpathy),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    exec(program("RECIPES.md"), {})
+    lines = (tmp_path / "vg/train.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"image": f"VG_100K_2/{k}.jpg", "captions": ["a dog"]} for k in (1, 2)
+    ]
+    assert (tmp_path / "exclude.txt").read_text() == "2.jpg\n"
