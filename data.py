@@ -14,7 +14,10 @@ import functools
 import hashlib
 import itertools
 import math
+import os
 import random
+import stat
+import struct
 import sys
 from typing import NamedTuple
 
@@ -67,14 +70,25 @@ def flags(parser, images=None, text=False, exclude=True):
 
 # ---- Images: reading, and augmentation in Pillow (Section 4.1) -----------------------------------
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on broken files
+# What Pillow raises on broken files, depending on their format
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+UNREADABLE += (RuntimeError, MemoryError, struct.error, Image.DecompressionBombError)
+MOST_PIXELS = 10**8  # of an image: 300 MB once it is decoded; the largest cameras have as many
 GRAY = (128, 128, 128)
 
 
 def read_image(path):
-    """RGB; transparent parts become white. Unreadable, with the path, if it is no image."""
+    """RGB, turned as its EXIF data says; transparent parts become white, and values of more than 8
+    bit are scaled by their range, as viewers do. Unreadable, with the path, if it is no image."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no regular file")
         with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width} × {image.height} pixels are too many")
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                image = to_8_bit(image)
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -86,6 +100,15 @@ def read_image(path):
 def to_tensor(image):
     """RGB image → uint8 (3, S, S)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_8_bit(image):
+    """An image of one channel with other values than 0 … 255 → the same from black to white."""
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(), values.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("its values are not finite")
+    return Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-300)))
 
 
 def read_images(paths, size):
@@ -340,6 +363,8 @@ class Loader:
         workers = loader_workers(run.device) if args.workers is None else args.workers
         self.loaders = []
         for data_set in samples:
+            if args.batch_size > len(data_set):
+                raise UserError(f"--batch-size {args.batch_size} is more than there are samples: {len(data_set)} at most")
             order = Order(len(data_set), local, run.rank, run.world, args.seed, start)
             loader = DataLoader(data_set, batch_sampler=order, num_workers=workers, pin_memory=run.device.type == "cuda")
             self.loaders.append(iter(loader))

@@ -1,6 +1,7 @@
 """Views of images, masks of patches, samples and their order, the loader, unreadable files."""
 
 import functools
+import os
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import nlvr2
 import runtime
 import shapes
 import texts
+from runtime import UserError
 
 # ---- Images --------------------------------------------------------------------------------------
 
@@ -35,6 +37,32 @@ def test_transparency_shows_white_and_no_image_is_unreadable(tmp_path):
         path.write_bytes(content)
         with pytest.raises(data.Unreadable):
             data.read_image(path)
+
+
+def test_images_are_seen_as_a_viewer_shows_them(tmp_path):
+    """Turned by their EXIF data; values of 16 bit and floats from black to white."""
+    image = Image.new("RGB", (4, 2))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    turned = data.read_image(tmp_path / "turned.png")
+    assert turned.size == (2, 4) and turned.getpixel((1, 0)) == (255, 0, 0)
+    ramp = 500 + 10 * np.arange(12).reshape(3, 4)
+    for name, kind in (("a.png", np.uint16), ("b.tiff", np.float32), ("c.tiff", np.int32), ("d.tiff", ">u2")):
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / name)
+        gray = np.asarray(data.read_image(tmp_path / name))[..., 0]
+        np.testing.assert_allclose(gray, 255 * np.arange(12).reshape(3, 4) / 11, atol=1)
+
+
+def test_what_would_block_or_fill_the_memory_is_unreadable(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.new("RGB", (50, 50)).save(tmp_path / "large.png")
+    Image.fromarray(np.full((2, 2), np.inf, np.float32)).save(tmp_path / "infinite.tiff")
+    monkeypatch.setattr(data, "MOST_PIXELS", 2000)
+    for name in ("pipe.png", "large.png", "infinite.tiff"):
+        with pytest.raises(data.Unreadable):
+            data.read_image(tmp_path / name)
 
 
 def test_crops_cover_half_to_all_of_the_picture():
@@ -173,8 +201,8 @@ def test_an_epoch_has_every_sample_once_for_any_number_of_processes_and_any_star
 
 
 def test_batches_are_the_same_for_any_workers_processes_and_start(words):
-    pairs = data.Pairs(Pictures(10), words, 8, options())
-    samples = [pairs, data.Images(Pictures(7), 8, options())]
+    pairs = data.Pairs(Pictures(14), words, 8, options())
+    samples = [pairs, data.Images(Pictures(12), 8, options())]
     load = lambda start=0, **changed: data.Loader(samples, options(), options(**changed), start)
     loader, halves = load(), [load(rank=rank, world=2) for rank in (0, 1)]
     workers = data.Loader(samples, options(workers=2), options(), start=1)
@@ -185,6 +213,8 @@ def test_batches_are_the_same_for_any_workers_processes_and_start(words):
             assert same(batch, {name: torch.cat([part[name] for part in parts]) for name in batch})
         if step:
             assert all(map(same, next(workers), batches))
+    with pytest.raises(UserError):  # more than there are
+        data.Loader(samples, options(batch_size=14), options())
 
 
 def test_an_unreadable_image_is_named_once_and_the_next_replaces_it(words, capsys):

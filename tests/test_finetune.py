@@ -107,7 +107,7 @@ def test_nlvr2_on_two_processes_is_as_on_one_and_writes_what_metrics_py_reads(
     for split, file in (("train", "train.json"), ("dev", "dev.json"), ("test1", "test1.json")):
         nlvr2(folder, split, file)
     run = ["--task", "nlvr2", "--init", start, *BRIEF, "--eval-every", 1, "--data", folder]
-    run += ["--epochs", 8, "--augment", "none"]
+    run += ["--batch-size", 2, "--epochs", 2, "--augment", "none"]
     call(monkeypatch, finetune, *run, "--out", one)
     processes(2, main_of, "finetune", *run, "--out", two, group=False)
     assert_close_metrics(one, two)
@@ -185,7 +185,7 @@ def test_other_classes_get_a_new_head(start, tmp_path, monkeypatch, capsys):
         for split in ("train", "val"):
             for name in classes:
                 picture(tmp_path / folder / split / name / "1.png")
-    run = ["--task", "classify", *ONE_STEP, "--init"]
+    run = ["--task", "classify", *ONE_STEP, "--batch-size", 2, "--init"]
     call(monkeypatch, finetune, *run, start, "--data", tmp_path / "first", "--out", tmp_path / "one")
     again = [*run, tmp_path / "one/last.pt", "--data", tmp_path / "second", "--out", tmp_path / "two"]
     call(monkeypatch, finetune, *again)
@@ -253,7 +253,7 @@ def test_checkpoints_and_data_that_do_not_fit_are_refused(
     for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
         picture(folder / name / "1.png")
     run = [*BRIEF, "--init", start, "--epochs", 1, "--out", out]
-    call(monkeypatch, finetune, "--task", "classify", *run, "--data", folder)
+    call(monkeypatch, finetune, "--task", "classify", *run, "--batch-size", 2, "--data", folder)
     refuse(UserError, finetune, "--data", "shapes", "--out", out, "--resume")
     ask = ["--task", "classify", "--checkpoint", out / "last.pt", "--data", folder, "--split"]
     refuse(data.Absent, evaluate, *ask, "test")

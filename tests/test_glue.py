@@ -121,12 +121,12 @@ def test_from_official_files_to_a_submission(name, stages, tmp_path, monkeypatch
     labels = (kind.labels or ["1.5", "4.0"]) * 12
     for file in set(kind.files.values()):
         write(tmp_path, kind.folder, file, labels[:6] if "test" not in file else [None] * 5)
-    run = ["--task", name, "--data", tmp_path, "--batch-size", 8]
+    run = ["--task", name, "--data", tmp_path, "--batch-size", 6]
     run += ["--init", stages / "vl/last.pt"] if name == "sts-b" else []  # else a new vocabulary
     call(monkeypatch, finetune, *run, "--epochs", 4, "--max-text-len", 44, "--out", tmp_path / "out")
     found = checkpoint.read(tmp_path / "out/best.pt")
     assert found.extra["choices"] == kind.labels
-    again = ["--task", name, "--data", tmp_path, "--init", tmp_path / "out/last.pt", "--batch-size", 8]
+    again = ["--task", name, "--data", tmp_path, "--init", tmp_path / "out/last.pt", "--batch-size", 6]
     call(monkeypatch, finetune, *again, "--epochs", 1e-9, "--out", tmp_path / "again")
     assert checkpoint.read(tmp_path / "again/last.pt").config.max_text_len == 44  # it keeps its own
     ask = ["--task", name, "--checkpoint", tmp_path / "out/last.pt", "--data", tmp_path]
