@@ -450,6 +450,8 @@ def main():
     parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="of each side")
     parser.add_argument("--out", metavar="FILE", help="the numbers as JSON")
     args = parser.parse_args()
+    if args.out:
+        runtime.refuse_output("--out", args.out)
     device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, medians of {args.repeats}\n")
     found = {"device": device, "torch": torch.__version__}

@@ -11,9 +11,11 @@ import collections
 import dataclasses
 import itertools
 import json
+import os
 import pickle
 import struct
 import textwrap
+import zipfile
 from pathlib import Path
 
 import torch
@@ -54,6 +56,11 @@ def trainable(model):
 
 # ---- The file ------------------------------------------------------------------------------------
 
+# Settings that do not change what a resumed run learns (another number of processes: but for rounding
+# and the draw of negatives)
+HARMLESS = {"out", "save_every", "log_every", "eval_every", "keep_previous", "workers", "compile", "recompute"}
+HARMLESS |= {"processes"}
+
 DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError)
 DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a file that is no checkpoint
 
@@ -76,7 +83,11 @@ class Checkpoint:
             self.processes, self.record = content.get("processes"), content.get("record")
             self.optimizer, self.scaler = content.get("optimizer"), content.get("scaler")
             pieces = content["tokenizer"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            assert isinstance(self.step, int) and isinstance(pieces, str | None), "step or tokenizer"
+            assert all(isinstance(part, dict) for part in (self.args, self.tensors, self.head, self.extra)), "a part"
+            tensors = [*self.tensors.values(), *self.head.values()]
+            assert all(isinstance(tensor, torch.Tensor) for tensor in tensors), "a tensor"
+        except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is not a checkpoint of this project and version: {error}") from None
         self.tokenizer = tokenizer_from_json(pieces, path) if pieces else None
         self.words_embedded = len(self.tensors.get("words.weight", ()))  # 0: no words have been learned
@@ -94,21 +105,27 @@ class Checkpoint:
         factors = [group["factor"] for group in optimizer.param_groups]
         try:
             assert all(stage.origin.get(name, "taken") == "taken" for name in trainable(stage.model))
+            check_averages(self.optimizer, optimizer)
             optimizer.load_state_dict(self.optimizer)
             if self.scaler and scaler.is_enabled():
                 scaler.load_state_dict(self.scaler)
-        except (AssertionError, KeyError, ValueError, TypeError):
+        except (AssertionError, KeyError, ValueError, TypeError, AttributeError):
             advice = "resume with the flags that it was trained with, or start from it with --init"
             raise UserError(f"{self.path} holds no run that can be continued like this: {advice}") from None
         for group, factor in zip(optimizer.param_groups, factors):
             group["factor"] = factor
         if args.steps < self.step:
             raise UserError(f"{self.path} is at step {self.step}, beyond --steps {args.steps}")
-        then = self.args | {"processes": self.processes, "resume": True}
+        then = self.args | {"processes": self.processes}
         now = settings(stage, args, run)["args"] | {"processes": run.world}
-        changed = [f"{name} {then.get(name)} → {now[name]}" for name in now if now[name] != then.get(name)]
-        told = f" with other flags: {', '.join(changed)}" if changed else ""
-        run.print(f"resuming after step {self.step}{told}")
+        changed = {}
+        for name in now:
+            if name in then and now[name] != then[name] and name not in ("resume", "allow_changes"):
+                changed[name] = f"--{name.replace('_', '-')} {then[name]} → {now[name]}"
+        told = ", ".join(changed.values())
+        if changed.keys() - HARMLESS and not args.allow_changes:
+            raise UserError(f"{self.path} was trained with other settings ({told}): leave them away, or --allow-changes")
+        run.print(f"resuming after step {self.step}{f' with other settings: {told}' if told else ''}")
 
     def give(self, stage, run):
         """Gives a stage the tensors of another step of its own run."""
@@ -121,10 +138,43 @@ class Checkpoint:
         self.tensors = self.head = self.extra = self.optimizer = None
 
 
+def check_averages(state, optimizer):
+    """AssertionError if an optimizer's saved state is not of its parameters: fused AdamW would read
+    and write beyond its memory."""
+    saved = [number for group in state["param_groups"] for number in group["params"]]
+    own = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(saved) == len(own)
+    for number, p in zip(saved, own):
+        averages = state["state"].get(number)  # none before the first update
+        if averages is not None:
+            assert averages["step"].numel() == 1
+            assert averages["exp_avg"].shape == averages["exp_avg_sq"].shape == p.shape
+
+
+def refuse_damaged(path):
+    """UserError if a file that torch.save wrote has changed since: its archive has a CRC of each
+    part, which torch.load does not look at."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+            broken = f"{packed[0]} is compressed" if packed else archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
+        broken = runtime.first_line(error)
+    if broken:
+        previous = Path(path).with_name("previous.pt")
+        advice = f": {previous} is the one before it" if previous.exists() else ": take another one"
+        raise UserError(f"{path} is damaged ({broken}){advice}")
+
+
 def read(path, resumed=False):
     """Reads a file. UserError if it is missing, damaged, or something else."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UserError(f"{path}: no such file")
+    if not Path(path).is_file():
+        raise UserError(f"{path} is no file")
+    refuse_damaged(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED:
@@ -158,6 +208,10 @@ def save(path, stage, args, run, step, record, optimizer=None, scaler=None):
     }
     if optimizer:
         content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    if args.keep_previous and path.name == "last.pt" and path.exists():
+        previous = path.with_name("previous.pt")
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
     runtime.write(path, lambda file: torch.save(content, file))
 
 
@@ -191,10 +245,22 @@ def prepare(stage, args, run, resumed):
             out.resolve().rename(aside)
             run.print(f"{out} held a run: moved to {aside.name} next to it (--resume would have continued it)")
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(settings(stage, args, run), indent=2) + "\n")
+        now = settings(stage, args, run)
+        now["earlier"] = earlier_settings(out / "config.json", now) if resumed else []
+        runtime.write(out / "config.json", lambda file: file.write(json.dumps(now, indent=2).encode() + b"\n"))
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     return out
+
+
+def earlier_settings(path, now):
+    """The settings with which a run was trained before, in their order, from its config.json."""
+    try:
+        before = json.loads(path.read_text())
+        earlier = before.pop("earlier", [])
+    except (OSError, ValueError, AttributeError):
+        return []  # it only informs
+    return earlier if before == now else [*earlier, before]
 
 
 # ---- Beginning another model ---------------------------------------------------------------------

@@ -7,12 +7,11 @@ answer.
 """
 
 import json
-from pathlib import Path
 
 import checkpoint
 import runtime
 from finetune import TASKS
-from runtime import UserError, at_least
+from runtime import at_least
 
 
 def parse():
@@ -35,8 +34,8 @@ def parse():
     parser.set_defaults(training=False, seed=0, head_factor=1.0, predictions=None, exclude=None)
     Task.evaluation_flags(parser)
     args = parser.parse_args()
-    if args.predictions and not Path(args.predictions).resolve().parent.is_dir():
-        raise UserError(f"--predictions {args.predictions}: no such folder")
+    if args.predictions:
+        runtime.refuse_output("--predictions", args.predictions)
     args.splits = [args.split]
     return Task, args
 

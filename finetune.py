@@ -9,7 +9,6 @@ The flags and the loop are those of train.py.
 
 import math
 
-import checkpoint
 import data
 import glue
 import runtime
@@ -17,7 +16,6 @@ import train
 from classify import Classify, Probe
 from nlvr2 import NLVR2
 from retrieval import retrieval
-from runtime import UserError
 from stage import config_flags, weight_flag
 from stages import VL
 from vqa import VQA

@@ -36,17 +36,18 @@ class Config:
 
     def __post_init__(self):
         sizes = (self.dim, self.layers, self.heads, self.image_size, self.patch_size, self.vocab_size)
+        fit = all(1 <= size <= 10**6 for size in sizes)
         fits = self.position == "absolute" or self.max_text_len <= self.text_reach
         rules = {
-            "dim, layers, heads, image_size, patch_size and vocab_size must be at least 1": min(sizes) >= 1,
+            "dim, layers, heads, image_size, patch_size and vocab_size must be in 1 … 10⁶": fit,
             "position must be absolute or relative": self.position in ("absolute", "relative"),
             "experts must be mome or shared": self.experts in ("mome", "shared"),
             "attention must be shared or separate": self.attention in ("shared", "separate"),
             "vl_layers must be in 0 … layers": 0 <= self.vl_layers <= self.layers,
             "max_text_len must hold at least [T_CLS] and [T_SEP]": self.max_text_len >= 2,
             "max_text_len must not exceed text_reach": fits,
-            "layer_scale must not be negative": self.layer_scale >= 0,
-            "init_std must be positive": self.init_std > 0,
+            "layer_scale must not be negative": 0 <= self.layer_scale < math.inf,
+            "init_std must be positive": 0 < self.init_std < math.inf,
             "drop_path must be in 0 … 1, without 1": 0 <= self.drop_path < 1,
         }
         for rule, holds in rules.items():

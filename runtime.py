@@ -7,9 +7,11 @@ import contextlib
 import ctypes
 import datetime
 import functools
+import gc
 import json
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -46,37 +48,60 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def at_least(low):
-    """A type of flags: finite numbers, int or float like `low`, not below it."""
+    """A type of flags: numbers, int or float like `low`, not below it, and at most 10¹²."""
 
     def number(text):
         value = type(low)(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}")
+        if not low <= value <= 10**12:
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}, at most 10¹²")
         return value
 
     number.__name__ = type(low).__name__  # argparse says "invalid int value"
     return number
 
 
+class Stopped(Exception):
+    """A signal ended the run, after a step and with a checkpoint."""
+
+    def __init__(self, number, message):
+        super().__init__(message)
+        self.number = number
+
+
 def run(main):
-    """Runs a script's main. A UserError, or a file that the system refuses, ends it with one line
-    and status 2."""
+    """Runs a script's main. An error that the user can fix, a file that the system refuses, or too
+    little memory ends it with one line and status 2; a signal with 128 and its number."""
+    status, line = 0, ""
     try:
         main()
     except (UserError, OSError) as error:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(2)  # process 0's line comes first; if all fail alike, torchrun ends this one before its own
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        status = 2
+        status, line = 2, f"error: {error}"
+    except Stopped as error:
+        status, line = 128 + error.number, str(error)
     except KeyboardInterrupt:
         status = 130
-    else:
-        status = 0
-    if status == 0 and dist.is_initialized():
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "try a smaller --batch-size, --accumulate 2 or more, --recompute, or a smaller --image-size"
+        status, line = 2, f"error: the memory is full ({first_line(error)}): {advice}"
+    gc.collect()  # main's objects are gone with the error: the progress bar closes before the line
+    if line:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)  # process 0's line comes first; if all fail alike, torchrun ends this one before its own
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    elif status == 0 and dist.is_initialized():
+        dist.barrier()  # nobody leaves while another one still talks to it
         dist.destroy_process_group()
     sys.stdout.flush()
-    if status:
-        os._exit(status)  # not sys.exit: other processes may wait for us in a collective call that will never come
+    # Not sys.exit: other processes may wait for us in a collective call that will never come, and
+    # threads of the process group that are still alive would abort the end of Python
+    os._exit(status)
+
+
+def out_of_memory(error):
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return full or "allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 # ---- Processes and precision ---------------------------------------------------------------------
@@ -114,13 +139,14 @@ class Runtime:
         """The stage in DDP if there are other processes, else the stage itself."""
         if self.world == 1:
             return stage
-        return nn.parallel.DistributedDataParallel(
+        model = nn.parallel.DistributedDataParallel(
             stage,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            forward_sync_buffers=False,
             find_unused_parameters=stage.takes_turns,
         )
+        model.broadcast_buffers = False  # they never change (new versions have another name for the argument)
+        return model
 
     def from_main(self, answer):
         """Process 0's answer() on all processes; the others do not call it."""
@@ -154,6 +180,54 @@ def keep_memory():
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never return memory to the kernel
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own, which would end with it
+
+
+class Signals:
+    """SIGTERM and SIGINT ask a run to end: after the same step on all processes, with a checkpoint. A
+    second signal, or half a minute in which the step has not ended, ends it at once."""
+
+    def __init__(self, run):
+        self.run, self.caught, self.agreed, self.pending = run, 0, 0, None
+        self.group = dist.new_group(backend="gloo") if run.world > 1 else None
+        handlers = {signal.SIGTERM: self.catch, signal.SIGINT: self.catch, signal.SIGALRM: self.give_up}
+        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    def close(self):
+        """From here on signals do again what they did before."""
+        signal.alarm(0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.pending:
+            self.pending[1].wait()
+
+    def end(self, step, out):
+        """Ends a run that was asked to, once process 0 has saved."""
+        self.run.meet()
+        self.close()
+        raise Stopped(self.agreed, f"stopped after step {step}: --resume --out {out} goes on")
+
+    def catch(self, number, frame):
+        if self.caught:
+            os._exit(128 + number)
+        self.caught = number
+        signal.alarm(30)
+
+    def give_up(self, number, frame):
+        os._exit(128 + self.caught)
+
+    def asked(self):
+        """The number of the signal, or 0: the same on all processes. They agree on it in the
+        background, one step later than it came, so that no step waits."""
+        if not self.group:
+            self.agreed = self.caught
+            return self.agreed
+        if self.pending:
+            number, work = self.pending
+            work.wait()
+            self.agreed = int(number)
+        number = torch.tensor(self.caught)
+        self.pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return self.agreed
 
 
 def loader_workers(device):
@@ -226,7 +300,7 @@ def compile_blocks(blocks, run):
         return
     # All blocks share their code, which is compiled for each kind of input, of block (lower, last,
     # fusing) and of mode.
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.cache_size_limit = 64  # recompile_limit since torch 2.7
     for block in blocks:
         block.forward = torch.compile(block.forward)
 
@@ -236,6 +310,17 @@ def compile_blocks(blocks, run):
 
 def first_line(error):
     return str(error).strip().split("\n")[0][:120]
+
+
+def refuse_output(flag, path):
+    """UserError, before any work, for a file that cannot be written."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"{flag} {path}: no such folder")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise UserError(f"{flag} {path}: nothing can be written there")
 
 
 def write(path, fill):
@@ -263,10 +348,12 @@ class Log:
     and over processes.
 
     Values stay on the device until a line is written. Resuming after step `done` drops later lines.
+    saved: the step of the last checkpoint; 0: there is none.
     """
 
     def __init__(self, out, args, run, stage, loader, done=0, record=-math.inf):
         self.run, self.stage, self.loader, self.args, self.record = run, stage, loader, args, record
+        self.out, self.saved, self.applied, self.in_a_row = out, done, 0, 0
         self.bar = tqdm(total=args.steps, initial=done, disable=not run.main, unit="step", mininterval=1)
         self.file = None
         if run.main:
@@ -283,6 +370,7 @@ class Log:
         self.step, self.clock = step, time.perf_counter()
         self.sums = collections.defaultdict(float)
         self.counts = collections.Counter()
+        self.skipped = torch.zeros((), device=self.run.device)
 
     def add(self, values):
         """Adds the losses of one part of a step: {name: scalar}."""
@@ -291,26 +379,43 @@ class Log:
             self.counts[name] += 1
 
     def end_step(self, gradient_norm):
+        """gradient_norm: under fp16 a step in which it is not finite is skipped, and counts as one."""
+        if self.args.amp == "fp16":
+            finite = gradient_norm.isfinite()
+            self.skipped += ~finite
+            gradient_norm = gradient_norm.where(finite, 0)
         self.add({"gradient norm": gradient_norm})
         self.bar.update()
 
     def write(self, step, lr):
-        """Writes a line. UserError, on all processes alike, if a value is not finite."""
+        """Writes a line. UserError, on all processes alike, if a loss or parameter is not finite, or
+        fp16 has skipped too many steps."""
         means = [total / self.counts[name] for name, total in self.sums.items()]
-        unreadable = means[0].new_tensor(self.loader.unreadable)
-        *means, unreadable = self.run.mean(torch.stack([*means, unreadable]))  # the only wait for the device
-        values = dict(zip(self.sums, means))
-        for name, value in values.items():
-            skips = name == "gradient norm" and self.args.amp == "fp16"  # such a step is skipped
-            if not math.isfinite(value) and not skips:
-                advice = "the last checkpoint is from before; try a lower --lr, or --resume with another --seed"
-                raise UserError(f"{name} is {value} between steps {self.step + 1} and {step}: {advice}")
-        seconds = time.perf_counter() - self.clock
-        rate = {f"{self.stage.unit}_per_s": (step - self.step) * self.args.batch_size / seconds}
-        self.line(step=step, **values, lr=lr, **rate, unreadable=round(unreadable * self.run.world))
+        size = nn.utils.get_total_norm([p.detach() for p in self.stage.parameters() if p.requires_grad])
+        others = [size.float(), self.skipped, means[0].new_tensor(self.loader.unreadable)]
+        *means, size, skipped, unreadable = self.run.mean(torch.stack([*means, *others]))  # the only wait for the device
+        values, steps = dict(zip(self.sums, means)), step - self.step
+        if skipped:
+            values["gradient norm"] *= steps / max(steps - skipped, 1)
+        for name, value in [*values.items(), ("the norm of all parameters", size)]:
+            if not math.isfinite(value):
+                raise UserError(f"{name} is {value} between steps {self.step + 1} and {step}: {self.advice()}")
+        self.applied += steps - skipped
+        self.in_a_row = self.in_a_row + steps if skipped == steps else 0
+        if self.in_a_row >= 100 or (step == self.args.steps and self.applied == 0):
+            raise UserError(f"fp16 has skipped the last {self.in_a_row} updates, because gradients overflow: use --amp bf16")
+        counts = {"skipped": round(skipped)} if self.args.amp == "fp16" else {}
+        rate = {f"{self.stage.unit}_per_s": steps * self.args.batch_size / (time.perf_counter() - self.clock)}
+        self.line(step=step, **values, lr=lr, **rate, **counts, unreadable=round(unreadable * self.run.world))
         shown = [*self.stage.loss_weights, "gradient norm"]
         self.bar.set_postfix({name: f"{values[name]:.2f}" for name in shown if name in values}, refresh=False)
         self.restart(step)
+
+    def advice(self):
+        if self.saved:
+            last = Path(self.out, "last.pt")
+            return f"{last} is of step {self.saved}, from before; --resume --allow-changes with a lower --lr"
+        return "there is no checkpoint yet; try a lower --lr"
 
     def measure(self, split, step):
         """Measures the stage on a split and writes a line. → whether it is the best so far, by
@@ -334,8 +439,7 @@ class Log:
             self.file.close()
 
     def line(self, **entry):
-        """Numbers that are not finite, such as the gradient norm of a skipped fp16 step, become
-        null."""
+        """Measures that are not finite, such as a perplexity, become null."""
         if self.file:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
             self.file.write(json.dumps(finite) + "\n")
@@ -354,7 +458,7 @@ def read_metrics(path):
         try:
             entry = json.loads(line)
             found.append((line, entry | {"step": int(entry["step"])}))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise UserError(f"{path} is damaged: move it away (a run that is resumed begins a new one)") from None
     return found
 

@@ -83,8 +83,8 @@ def search(args, run):
     Scores are cosines (ITC); with --rerank the best K are sorted again by the matching head (ITM).
     Pictures that are known to be right have a green frame.
     """
-    needs = ("itc_image", "itc_text", "itm_head") if args.rerank else ("itc_image", "itc_text")
-    model, words, config = load(args, run, needs)
+    heads = ("itc_image", "itc_text", "itm_head")
+    model, words, config = load(args, run, heads if args.rerank else heads[:2])
     if args.texts:
         return search_texts(model, words, args, run)
     if args.rerank and args.image:
@@ -145,7 +145,7 @@ def match(args, run):
     image, texts = image_and_texts(args, config)
     (ids, mask), pixels = encode(words, texts, run), view(image, config, run)
     cosines = model.embed_text(ids, mask) @ model.embed_image(pixels)[0]  # (C,)
-    probabilities = model.match(ids, mask, pixels.expand(len(ids), -1, -1, -1)).softmax(1)[:, 1]  # (C,)
+    probabilities = model.match(ids, mask, pixels.expand(len(ids), -1, -1, -1)).softmax(1)[:, 1]
     found = [f"ITC {c:6.3f}   ITM {p:6.1%}   {text}" for c, p, text in zip(cosines, probabilities, texts)]
     found = "\n".join([*found, "ITC: cosine, ranks many. ITM: probability of a match, judges one pair."])
     print(found)
@@ -160,8 +160,8 @@ def embed(args, run):
     source = sources.folder_of_images(args.images, config.image_size)
     vectors = retrieval.embed_pictures(model, source, range(len(source)), run.device)  # (I, D)
     readable = (~vectors[:, 0].isnan()).nonzero()[:, 0].tolist()
-    names = [source[i].image for i in readable]
-    content = {"images": np.array(names), "image_vectors": vectors[readable].numpy()}
+    names = np.array([source[i].image for i in readable])
+    content = {"images": names, "image_vectors": vectors[readable].numpy()}
     captions = [caption for i in readable for caption in source[i].captions]
     texts = read_texts(args.texts) if args.texts else captions
     if texts:
@@ -301,7 +301,6 @@ def add_flags(command, parser):
     flag, number = parser.add_argument, at_least(1)
     sorted_again = "sort the best K again, with the matching head"
     by_default = "from 1 (default: the vision-language layers; MoMo: all)"
-    relevance = "for predicting the word: attention × gradient, through all layers"
     if command in ("search", "embed"):
         flag("--images", metavar="DIR", help="a folder; if it has captions, its split test")
         flag("--texts", metavar="FILE", help="a text per line")
@@ -324,7 +323,7 @@ def add_flags(command, parser):
     if command == "attend":
         flag("--layers", nargs="+", type=number, metavar="L", help=by_default)
         flag("--heads", nargs="+", type=number, metavar="H", help="from 1 (default: all)")
-        flag("--relevance", action="store_true", help=relevance)
+        flag("--relevance", action="store_true", help="for predicting the word, through all layers")
     if command == "curve":
         flag("runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
         flag("--only", nargs="+", metavar="NAME", help="of losses and measures (default: all)")
@@ -338,11 +337,12 @@ def main():
         if usual:
             one.add_argument("--checkpoint", default=usual, metavar="FILE", help="the model")
         add_flags(command, one)
-        out = "embed.npz" if command == "embed" else f"{command}.png"
-        one.add_argument("--out", default=out, metavar="FILE", help="what to write")
+        ending = "npz" if command == "embed" else "png"
+        one.add_argument("--out", default=f"{command}.{ending}", metavar="FILE", help="what to write")
         one.set_defaults(function=function, stage={"ask": "vqa", "compare": "nlvr2"}.get(command))
         one.set_defaults(training=False, splits=[], data=["shapes"], vocab=None, seed=0, head_factor=1.0)
     args = parser.parse_args()
+    runtime.refuse_output("--out", args.out)
     args.function(args, runtime.Runtime())
 
 

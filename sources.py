@@ -209,7 +209,7 @@ def checked_captions(captions, where):
 def parse_json(text, where):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: no valid JSON: {error}") from None
 
 

@@ -21,6 +21,7 @@ import tokenizers
 import torch
 from torch.utils.data import Dataset
 
+import runtime
 import shapes
 from data import SPLITS, split_by_hash
 from runtime import UserError
@@ -74,8 +75,10 @@ def load_tokenizer(path):
 def tokenizer_from_json(text, path):
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{path} holds no tokenizer: {error}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library raises nothing narrower, and panics beyond Exception
+        raise UserError(f"{path} holds no tokenizer: {runtime.first_line(error)}") from None
     return check_tokenizer(tokenizer, path)
 
 

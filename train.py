@@ -97,6 +97,9 @@ def run_flags(parser, tuned):
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=at_least(0), default=0, help="of all random choices")
     group.add_argument("--save-every", type=at_least(1), default=1000, metavar="STEPS", help="write last.pt")
+    group.add_argument("--keep-previous", action="store_true", help="the last.pt before it stays as previous.pt")
+    changes = "of what a resumed run learns: batch, seed, schedule, data, …"
+    group.add_argument("--allow-changes", action="store_true", help=changes)
     group.add_argument("--log-every", type=at_least(1), default=20, metavar="STEPS", help="write to metrics.jsonl")
     when = "measure split val (default: per epoch, four times at least)" if tuned else "measure split val; 0: never"
     group.add_argument(
@@ -175,6 +178,7 @@ def train(stage, args, run, start=None):
     out = checkpoint.prepare(stage, args, run, resumed)
     summary(stage, args, run, start)
     log = runtime.Log(out, args, run, stage, loader, done, record)
+    signals = runtime.Signals(run)
 
     for step in range(done + 1, args.steps + 1):
         # Drop-path and negatives follow from (seed, step, process); the data have their own seeds
@@ -202,40 +206,53 @@ def train(stage, args, run, start=None):
         scaler.update()
         optimizer.zero_grad()
 
-        # Log, measure, save: in this order, so that a checkpoint never runs ahead of metrics.jsonl
-        saves = step % args.save_every == 0 or step == args.steps
-        if saves or step % args.log_every == 0:
+        # Log, measure, save: in this order, so that a checkpoint never runs ahead of metrics.jsonl,
+        # and holds nothing that is not finite
+        stop, last = signals.asked(), step == args.steps
+        saves = step % args.save_every == 0 or last or stop
+        measures = args.eval_every and (step % args.eval_every == 0 or stage.best and last)
+        if saves or measures or step % args.log_every == 0:
             log.write(step, lr)
-        if args.eval_every and (step % args.eval_every == 0 or stage.best and step == args.steps):
-            if log.measure("val", step):  # the best so far
-                checkpoint.save(out / "best.pt", stage, args, run, step, log.record)
+        if measures and log.measure("val", step):  # the best so far
+            checkpoint.save(out / "best.pt", stage, args, run, step, log.record)
         if saves:
             checkpoint.save(out / "last.pt", stage, args, run, step, log.record, optimizer, scaler)
+            log.saved = step
+        if stop and not last:
+            signals.end(step, out)
 
-    # The end: a task is measured at its best step
+    signals.close()
+    finish(stage, out, args, run, log)
+
+
+def finish(stage, out, args, run, log):
+    """The end of a run: the test split, a task's at its best step, and pictures."""
     run.meet()  # process 0 has saved
     if stage.best and args.eval_every:
         checkpoint.read(out / "best.pt").give(stage, run)
     if "test" in stage.measured():
         log.measure("test", args.steps)
     log.close()
-    draw(stage, out, run)
+    pictures = stage.draw(run.device)
+    if run.main:
+        pictures["curve.png"] = drawing.curves([out])
+        for name, picture in pictures.items():
+            if picture:
+                picture.save(out / name)
     run.print(f"{out / 'last.pt'} holds the model")
 
 
-def draw(stage, out, run):
-    """Writes pictures of what was learned, on process 0."""
-    for name, picture in stage.draw(run.device).items():
-        if run.main:
-            picture.save(out / name)
-    chart = drawing.curves([out]) if run.main else None
-    if chart:
-        chart.save(out / "curve.png")
+def cut_warmup(args, run):
+    """Cuts a warm-up that is longer than the run to a tenth of it."""
+    if args.warmup > args.steps:
+        args.warmup = args.steps // 10
+        run.print(f"the warm-up is longer than the run: cut to {args.warmup} steps")
 
 
 def main():
     Stage, args, config, start = parse(STAGES, "--stage", "vl", __doc__)
     run = runtime.Runtime(args.amp)
+    cut_warmup(args, run)
     train(Stage(args, config, start, run), args, run, start)
 
 

@@ -340,6 +340,7 @@ def read_file(path):
     holds none, or needs more than torch.load(weights_only=True): pickles can run any code."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
+    checkpoint.refuse_damaged(path)
     mapped = zipfile.is_zipfile(path)  # torch.save wrote another format until PyTorch 1.6
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -386,6 +387,7 @@ def main():
     if Path(args.file).resolve() == Path(args.out).resolve():
         raise UserError(f"-o {args.out} would replace the released file itself: name another")
 
+    runtime.refuse_output("-o", args.out)
     state = read_file(args.file)
     is_vlmo = any(key.startswith("transformer.") for key in state)
     with malformed(args.file):

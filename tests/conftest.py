@@ -68,8 +68,9 @@ SIZE = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8".split()
 BRIEF = "--batch-size 8 --warmup 2 --steps 4 --save-every 2 --log-every 1".split()
 
 
-def train_stages(folder, monkeypatch, *flags):
-    """A few steps of VLMo's four stages, each from the one before, in folders below `folder`."""
+def stage_commands(folder, *flags):
+    """Command lines of a few steps of VLMo's four stages, each from the one before, in folders below
+    `folder`."""
     starts = {
         "dvae": [*SIZE[-4:], "--codes", 8, "--width", 16],
         "image": [*SIZE, *flags, "--dvae", folder / "dvae/last.pt"],
@@ -77,7 +78,13 @@ def train_stages(folder, monkeypatch, *flags):
         "vl": ["--init", folder / "text/last.pt"],
     }
     for stage, start in starts.items():
-        call(monkeypatch, train, "--stage", stage, *start, *BRIEF, "--out", folder / stage)
+        yield [str(word) for word in ("--stage", stage, *start, *BRIEF, "--out", folder / stage)]
+
+
+def train_stages(folder, monkeypatch, *flags):
+    """Runs them."""
+    for words in stage_commands(folder, *flags):
+        call(monkeypatch, train, *words)
 
 
 @pytest.fixture(scope="session")

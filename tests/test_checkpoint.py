@@ -1,6 +1,5 @@
 """Checkpoints: the groups of tensors, the file, and what one model takes from another."""
 
-import contextlib
 import copy
 import zlib
 from dataclasses import replace
@@ -166,7 +165,7 @@ def saved(path, frozen=()):
     stage.tokenizer = wordpiece({piece: i for i, piece in enumerate(SPECIAL)})
     for name, parameter in stage.model.named_parameters():
         parameter.requires_grad_(checkpoint.group(name) not in frozen)
-    args = SimpleNamespace(stage="vl", config="tiny", lr=0.5, dim=24)
+    args = SimpleNamespace(stage="vl", config="tiny", lr=0.5, dim=24, keep_previous=True)
     checkpoint.save(path, stage, args, runtime.Runtime(), 7, 0.25)
     return stage
 
@@ -211,9 +210,43 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError):
         checkpoint.read(tmp_path / "absent.pt")
 
-    # Any other damage is refused or harmless
-    for position in range(0, len(whole), len(whole) // 50):
-        flipped = bytes([whole[position] ^ 0xFF])
+    # Any other damage is refused, or not in the tensors
+    untouched = checkpoint.Checkpoint(path, content)
+    refused = 0
+    for position in range(0, len(whole), len(whole) // 100):
+        flipped = bytes([whole[position] ^ 0x01])
         path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
-        with contextlib.suppress(UserError):
-            checkpoint.read(path)
+        try:
+            found = checkpoint.read(path)
+        except UserError:
+            refused += 1
+            continue
+        torch.testing.assert_close(found.tensors, untouched.tensors, rtol=0, atol=0)
+    assert refused > 80
+    (tmp_path / "previous.pt").write_bytes(whole)
+    with pytest.raises(UserError, match="previous.pt is the one before it"):
+        path.write_bytes(whole[: len(whole) // 2] + bytes(4096) + whole[len(whole) // 2 + 4096 :])
+        checkpoint.read(path)
+
+
+def test_parts_of_a_wrong_type_are_refused(tmp_path):
+    saved(tmp_path / "x.pt")
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    wrong = {"step": "7", "args": [], "model": {"words.weight": 5}, "head": None, "extra": 1, "tokenizer": 3}
+    for name, value in wrong.items():
+        with pytest.raises(UserError):
+            checkpoint.Checkpoint("x.pt", content | {name: value})
+
+
+def test_averages_of_other_parameters_never_reach_the_optimizer():
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    checkpoint.check_averages(optimizer.state_dict(), optimizer)
+    for name, value in (("exp_avg", torch.zeros(1)), ("exp_avg_sq", torch.zeros(3, 2)), ("step", torch.zeros(2))):
+        state = optimizer.state_dict()
+        state["state"] = {k: dict(values) for k, values in state["state"].items()}
+        state["state"][0][name] = value
+        with pytest.raises(AssertionError):
+            checkpoint.check_averages(state, optimizer)

@@ -90,21 +90,31 @@ def test_lines_are_means_per_name_over_the_parts_that_have_it(tmp_path, monkeypa
     ]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_a_skipped_fp16_step_does_not(tmp_path):
+def test_what_is_not_finite_ends_the_run_and_a_skipped_fp16_step_does_not(tmp_path):
     for amp, name in (("off", "itc"), ("off", "gradient norm"), ("fp16", "itc")):
         log = log_in(tmp_path, amp=amp)
         log.add({"itc": torch.tensor(1.0)} | {name: torch.tensor(torch.inf)})
         with pytest.raises(runtime.UserError):
             log.write(1, lr=0.1)
     log = log_in(tmp_path)
-    log.run.mean = lambda values: [torch.nan, 0.0]  # as when it is not finite on another process
+    log.run.mean = lambda values: [torch.nan, 1.0, 0.0, 0.0]  # as when it is not finite on another process
     log.add({"itc": torch.tensor(1.0)})
     with pytest.raises(runtime.UserError):
         log.write(1, lr=0.1)
+    log = log_in(tmp_path, done=20)
+    log.stage.register_parameter("weight", nn.Parameter(torch.tensor([1.0, torch.nan])))
+    log.add({"itc": torch.tensor(1.0)})
+    with pytest.raises(runtime.UserError, match="last.pt is of step 20"):
+        log.write(21, lr=0.1)
     log = log_in(tmp_path, amp="fp16")
-    log.end_step(torch.tensor(torch.inf))
-    log.write(1, lr=0.1)
-    assert metrics(tmp_path)[-1]["gradient norm"] is None
+    for norm in (3.0, torch.inf, 5.0):
+        log.end_step(torch.tensor(norm))
+    log.write(3, lr=0.1)
+    assert metrics(tmp_path)[-1]["gradient norm"] == pytest.approx(4) and metrics(tmp_path)[-1]["skipped"] == 1
+    for _ in range(100):
+        log.end_step(torch.tensor(torch.nan))
+    with pytest.raises(runtime.UserError):
+        log.write(103, lr=0.1)
 
 
 def test_a_resumed_run_drops_later_lines_and_that_of_the_test_split(tmp_path):
