@@ -1,0 +1,299 @@
+"""Damaged files for every reader: it succeeds, or refuses the file with one line.
+
+    python tests/fuzz.py --cases 10000
+
+A case takes a good file, damages it (flips, cuts, repeats or replaces bytes; or changes a JSON value into
+one of another kind), and reads it. The same seed gives the same cases.
+"""
+
+import argparse
+import collections
+import io
+import json
+import random
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import checkpoint
+import data
+import glue
+import nlvr2
+import runtime
+import sources
+import test_weights
+import texts
+import vqa
+import weights
+from bench import bare
+from mome import Config, VLMo
+from runtime import UserError
+from stages import VL
+
+SMALL = Config(dim=8, layers=1, heads=1, vl_layers=1, image_size=8, patch_size=4, vocab_size=9, max_text_len=4)
+
+# ---- Good files ----------------------------------------------------------------------------------
+
+
+def write_json(path, lines=(), content=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content) if content else "\n".join(map(json.dumps, lines)) + "\n")
+
+
+def write_images(folder, names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(folder / name)
+
+
+def write_checkpoint(path):
+    stage = bare(VL, VLMo(SMALL))
+    stage.tokenizer = texts.wordpiece({piece: i for i, piece in enumerate([*texts.SPECIAL, *"abcd"])})
+    args = argparse.Namespace(stage="vl", config="tiny", keep_previous=False)
+    checkpoint.save(path, stage, args, runtime.Runtime(), 3, 0.5)
+
+
+READERS = {}  # kind: (the damaged file, what writes the good files into a folder, what reads them)
+
+
+def reader(kind, file):
+    """Registers a function that writes good files and returns a function that reads them."""
+
+    def register(function):
+        READERS[kind] = file, function
+        return function
+
+    return register
+
+
+def records(source):
+    """Reads all of a source."""
+    return [source[i] for i in range(len(source))]
+
+
+@reader("manifest of pairs", "train.jsonl")
+def manifest(folder):
+    write_images(folder, ["a.png", "b.png"])
+    lines = [{"image": f"{name}.png", "captions": ["a dog", "dogs"], "item": name} for name in "ab"]
+    write_json(folder / "train.jsonl", lines)
+    return lambda: records(sources.pictures([folder], "train", 8))
+
+
+@reader("Karpathy's file", "dataset_coco.json")
+def karpathy(folder):
+    write_images(folder, ["val2014/a.jpg"])
+    image = {"filepath": "val2014", "filename": "a.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}
+    write_json(folder / "dataset_coco.json", content={"images": [image]})
+    return lambda: records(sources.pictures([folder], "train", 8))
+
+
+@reader("VQA 2.0's questions", "v2_OpenEnded_mscoco_train2014_questions.json")
+def official_questions(folder):
+    write_images(folder, ["train2014/COCO_train2014_000000000001.jpg"])
+    question = {"image_id": 1, "question": "What?", "question_id": 5}
+    write_json(folder / "v2_OpenEnded_mscoco_train2014_questions.json", content={"questions": [question]})
+    answers = [{"answer": "two"}] * 10
+    note = {"question_id": 5, "answers": answers, "multiple_choice_answer": "2", "answer_type": "number"}
+    write_json(folder / "v2_mscoco_train2014_annotations.json", content={"annotations": [note]})
+    return lambda: records(vqa.read([folder], "train", 8))
+
+
+@reader("VQA 2.0's annotations", "v2_mscoco_train2014_annotations.json")
+def annotations(folder):
+    return official_questions(folder)
+
+
+@reader("own questions", "train.jsonl")
+def own_questions(folder):
+    write_images(folder, ["a.png"])
+    write_json(folder / "train.jsonl", [{"image": "a.png", "question": "What?", "answers": ["a", "b"]}])
+    return lambda: records(vqa.read([folder], "train", 8))
+
+
+@reader("NLVR2's statements", "train.json")
+def statements(folder):
+    write_images(folder, ["train/1/train-5-0-img0.png", "train/1/train-5-0-img1.png"])
+    line = {"identifier": "train-5-0-0", "sentence": "Red.", "label": "True", "directory": 1}
+    write_json(folder / "train.json", [line])
+    return lambda: records(nlvr2.read([folder], "train", 8))
+
+
+@reader("own statements", "train.jsonl")
+def own_statements(folder):
+    write_images(folder, ["a.png", "b.png"])
+    write_json(folder / "train.jsonl", [{"images": ["a.png", "b.png"], "sentence": "Red.", "label": True}])
+    return lambda: records(nlvr2.read([folder], "train", 8))
+
+
+@reader("GLUE's sentences", "SST-2/train.tsv")
+def sentences(folder):
+    (folder / "SST-2").mkdir()
+    (folder / "SST-2/train.tsv").write_text("sentence\tlabel\ngood film\t1\nbad film\t0\n")
+    return lambda: records(glue.TASKS["sst-2"].read([folder], "train"))
+
+
+@reader("text", "a.txt")
+def text(folder):
+    (folder / "a.txt").write_text("a document\n\nanother one\nof two lines\n")
+    return lambda: list(texts.read_documents([folder / "a.txt"]))
+
+
+@reader("vocabulary", "vocab.txt")
+def vocabulary(folder):
+    (folder / "vocab.txt").write_text("\n".join([*texts.SPECIAL, "a", "##b", "dog"]))
+    return lambda: texts.Words(texts.load_tokenizer(folder / "vocab.txt"), 8).encode("a dog")
+
+
+@reader("tokenizer", "tokenizer.json")
+def tokenizer(folder):
+    words = texts.wordpiece({piece: i for i, piece in enumerate([*texts.SPECIAL, "a", "dog"])})
+    (folder / "tokenizer.json").write_text(words.to_str())
+    return lambda: texts.Words(texts.load_tokenizer(folder / "tokenizer.json"), 8).encode("a dog")
+
+
+@reader("metrics.jsonl", "metrics.jsonl")
+def metrics(folder):
+    write_json(folder / "metrics.jsonl", [{"step": 5, "itc": 0.5}, {"step": 9, "itc": 0.25}])
+    return lambda: runtime.read_metrics(folder / "metrics.jsonl")
+
+
+@reader("checkpoint", "last.pt")
+def a_checkpoint(folder):
+    write_checkpoint(folder / "last.pt")
+    return lambda: checkpoint.load_model(folder / "last.pt")
+
+
+@reader("released file", "vlmo.pt")
+def released(folder):
+    torch.save({"module": test_weights.released("retrieval-absolute")}, folder / "vlmo.pt")
+
+    def read():
+        state = weights.read_file(folder / "vlmo.pt")
+        with sources.malformed(folder / "vlmo.pt"):
+            weights.read_vlmo(state, 4, 20)
+
+    return read
+
+
+def image_reader(ending):
+    def image(folder):
+        noise = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise)
+        buffer = io.BytesIO()
+        try:
+            picture.save(buffer, Image.registered_extensions()[ending])
+        except (OSError, ValueError, KeyError):  # a format of another mode, or not of this build
+            buffer = io.BytesIO()
+            picture.convert("L").save(buffer, "PNG")
+        (folder / f"a{ending}").write_bytes(buffer.getvalue())
+        return lambda: data.read_image(folder / f"a{ending}")
+
+    return image
+
+
+Image.init()
+FORMATS = {form: ending for ending, form in sorted(Image.registered_extensions().items()) if form in Image.SAVE}
+for form, ending in FORMATS.items():
+    READERS[f"image {form}"] = f"a{ending}", image_reader(ending)
+
+# ---- Damage --------------------------------------------------------------------------------------
+
+ODD = [None, True, -1, 10**30, 1e308, "", "x" * 5000, "\ud800", "\0", [], {}, [[]], {"a": {}}, "../..", 0.5]
+
+
+def damage(content, rng):
+    """Bytes, some of them damaged."""
+    kind = rng.choice(("flip", "cut", "zero", "repeat", "insert", "replace", "json", "json", "deep"))
+    at = rng.randrange(len(content) + 1)
+    end = min(len(content), at + rng.choice((1, 4, 100, 4096)))
+    if kind == "flip":
+        return content[:at] + bytes(byte ^ 1 << rng.randrange(8) for byte in content[at:end]) + content[end:]
+    if kind == "cut":
+        return content[:at]
+    if kind == "zero":
+        return content[:at] + bytes(end - at) + content[end:]
+    if kind == "repeat":
+        return content[:end] + content[at:]
+    if kind == "insert":
+        return content[:at] + rng.randbytes(rng.choice((1, 8, 500))) + content[at:]
+    if kind == "replace":
+        return rng.choice((b"", b"5", b"\xff\xfe", b"{", b"null\n", b"[" * 100_000, b"1" * 6000, rng.randbytes(300)))
+    if kind == "deep":
+        return content.replace(b":", b":" + b"[" * 100_000, 1)
+    return change_json(content, rng)
+
+
+def change_json(content, rng):
+    """JSON, or JSON lines, with another value somewhere; other content as it is."""
+    lines = content.split(b"\n")
+    number = rng.randrange(len(lines))
+    try:
+        value = json.loads(lines[number])
+    except (ValueError, RecursionError):
+        return content
+    lines[number] = json.dumps(changed(value, rng)).encode()
+    return b"\n".join(lines)
+
+
+def changed(value, rng):
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        if rng.random() < 0.2:
+            return {name: one for name, one in value.items() if name != key}
+        return value | {key: changed(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        return [*value[:at], changed(value[at], rng), *value[at + 1 :]]
+    return rng.choice(ODD)
+
+
+def run(cases, seed=0):
+    """→ {kind: Counter of "read" and "refused"}, and the cases that did anything else."""
+    outcomes, wrong = collections.defaultdict(collections.Counter), []
+    kinds = list(READERS)
+    for case in range(cases):
+        kind = kinds[case % len(kinds)]
+        file, prepare = READERS[kind]
+        rng = random.Random(f"{seed} {case}")
+        with tempfile.TemporaryDirectory() as folder:
+            read = prepare(Path(folder))
+            path = Path(folder, file)
+            path.write_bytes(damage(path.read_bytes(), rng))
+            try:
+                read()
+                outcomes[kind]["read"] += 1
+            except (UserError, OSError) as error:
+                outcomes[kind]["refused"] += 1
+                if "\n" in str(error):
+                    wrong.append((case, kind, f"two lines: {error}"))
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                wrong.append((case, kind, repr(error)[:300]))
+    return outcomes, wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    outcomes, wrong = run(args.cases, args.seed)
+    for kind, found in outcomes.items():
+        print(f"{kind:24} {found['read']:6} read {found['refused']:6} refused")
+    for case, kind, error in wrong:
+        print(f"case {case}, {kind}: {error}")
+    print(f"{args.cases} cases, {len(wrong)} neither read nor refused in one line")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
