@@ -180,7 +180,7 @@ def ask(args, run):
     """What a fine-tuned model says: of a question about an image its five best answers, each with
     the probability that it is right (several can be); of a statement about two images whether it is
     true."""
-    task_file, Task = {"vqa": (vqa, vqa.VQA), "nlvr2": (nlvr2, nlvr2.NLVR2)}[args.stage]
+    task_file, Task = (vqa, vqa.VQA) if args.stage == "vqa" else (nlvr2, nlvr2.NLVR2)
     start = checkpoint.read(args.checkpoint)
     Task.check(start, args)
     task = Task(args, start.config, start, run).to(run.device).eval()
@@ -209,12 +209,9 @@ def ask(args, run):
 
 def attend(args, run):
     """For each word of a text a map of its attention to the patches of an image, a mean over
-    --layers (default: where both modalities meet one expert) and --heads; or with --relevance, how much each
-    patch matters for predicting the word when it is masked.
-
-    In the built-in world also the pointing game: how often a word's hottest patch lies in the thing
-    that it describes.
-    """
+    --layers (default: where both modalities meet one expert) and --heads; or with --relevance, how
+    much each patch matters for predicting the word when it is masked. In the built-in world also
+    the pointing game: how often a word's hottest patch lies in the thing that it describes."""
     model, words, config = load(args, run, ["mlm_head" if args.relevance else "words"])
     fusing = config.layers if config.experts == "shared" else max(config.vl_layers, 1)
     layers = args.layers or range(config.layers - fusing + 1, config.layers + 1)
