@@ -1,10 +1,11 @@
 """What a sample is: views of an image, its masks, pairs; the order of samples, and the loader.
 Words are in texts.py.
 
-A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; and
-`source.image(i)`, an RGB image or a tuple of two. Sources with text also have `source.corpus()`,
-texts to train a vocabulary on. Every random choice about a sample is a function of (seed, epoch,
-index), so the order of workers does not matter.
+A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; `source.image(i)`,
+an RGB image or a tuple of two; and `source.drawn`, True for the built-in world, whose images are
+augmented only if that is asked for, and never mirrored. Sources with text also have
+`source.corpus()`, texts to train a vocabulary on. Every random choice about a sample is a function
+of (seed, epoch, index), so the order of workers does not matter.
 
 Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of
 an image in pixels.
@@ -234,9 +235,8 @@ class Images(Dataset):
     def __init__(self, source, image_size, args, usual="crop", hide=None):
         """usual: the augmentation of images from disk. hide: (rng) → hidden."""
         self.source, self.image_size, self.seed, self.hide = source, image_size, args.seed, hide
-        drawn = args.data == ["shapes"]
-        self.augmentation = args.augment or ("none" if drawn else usual)
-        self.flip = not drawn and not args.no_flip
+        self.augmentation = args.augment or ("none" if source.drawn else usual)
+        self.flip = not source.drawn and not args.no_flip
         self.named = set()  # unreadable files
 
     def __len__(self):

@@ -10,7 +10,6 @@ Shape letters: b batch, T text tokens, N patches, S rows of a sequence, D dim, V
 visible rows, E width of a decoder, P = 3·patch_size² values of a patch, M hidden tokens.
 """
 
-import argparse
 import dataclasses
 import functools
 import random
@@ -427,9 +426,8 @@ class MoMoAll(MoMoVL):
             raise UserError("--data and --images: name both, or leave both to the built-in world")
         super().__init__(args, config, start, run)
         self.loss_weights["mim"] = 1.0
-        settings = argparse.Namespace(**vars(args) | {"data": args.images, "exclude": None})
-        self.pictures = sources.read_pictures(settings, config.image_size)
-        self.samples.append(image_samples(self.pictures, settings, config))
+        self.pictures = sources.read_pictures(args, config.image_size, paths=args.images)
+        self.samples.append(image_samples(self.pictures, args, config))
 
     def forward(self, pairs, texts, images):
         """Batches as in stages momo-vl and momo-text."""

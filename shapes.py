@@ -42,6 +42,7 @@ class World:
     no scene and no caption."""
 
     by_text = True  # in retrieval, a caption is right for every picture that has it
+    drawn = True
 
     def __init__(self, split, image_size, seed=0, count=None):
         """image_size in pixels. Absent for a split that is not in SCENES."""

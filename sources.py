@@ -20,6 +20,8 @@ class Records:
     bytes, which forked workers share without copying. The `image` of a record is a path, or a pair
     of paths."""
 
+    drawn = False
+
     def __init__(self, kind, records, by_text=True):
         """by_text: in retrieval a caption is right for every picture that has it; False: only for
         its own."""
@@ -73,9 +75,11 @@ def read_splits(names, read):
     return found
 
 
-def read_pictures(args, image_size, captions=False):
+def read_pictures(args, image_size, captions=False, paths=None):
     """{split: source} of the pictures that --data names; of training without those that --exclude
-    names. captions: they must have captions."""
+    names. captions: they must have captions. paths: other folders than --data, read whole."""
+    if paths:
+        return read_splits(args.splits, lambda split: pictures(paths, split, image_size, captions))
     names = {line.strip() for line in read_text(args.exclude).splitlines()} if args.exclude else set()
     found = read_splits(args.splits, lambda split: pictures(args.data, split, image_size, captions))
     if names and args.data == ["shapes"]:

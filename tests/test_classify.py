@@ -83,7 +83,7 @@ def standardised():
     """The features of nine pictures, standardised as a linear probe of them does."""
     stage, source = random_stage(Probe), WorldClasses("train", 16, count=9)
     stage.head = torch.nn.Sequential(Standardise(32))
-    args = dict(batch_size=9, accumulate=1, workers=0, seed=0, data=["shapes"], augment="none")
+    args = dict(batch_size=9, accumulate=1, workers=0, seed=0, augment="none")
     args = SimpleNamespace(**args)
     stage.samples = [data.Images(source, 16, args)]
     stage.prepare(args, SimpleNamespace(rank=losses.rank(), world=losses.world(), device=CPU))

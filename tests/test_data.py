@@ -124,6 +124,8 @@ def test_blockwise_masks_hide_their_share_in_blocks(side, smallest):
 class Pictures(list):
     """A source of pictures, each 10 brighter than the last; those of `broken` cannot be read."""
 
+    drawn = True
+
     def __init__(self, count, broken=(), captions=1):
         texts = [[f"picture {i}", f"number {i}"][:captions] for i in range(count)]
         super().__init__(data.Picture("", texts[i], f"item {i}") for i in range(count))
@@ -145,7 +147,7 @@ def words():
 
 def options(**changed):
     """The settings of samples and of the loader, and the process that loads."""
-    usual = dict(seed=0, no_flip=False, augment=None, data=["shapes"], batch_size=12, accumulate=2)
+    usual = dict(seed=0, no_flip=False, augment=None, batch_size=12, accumulate=2)
     usual |= dict(workers=0, device=torch.device("cpu"), rank=0, world=1)
     return SimpleNamespace(**usual | changed)
 

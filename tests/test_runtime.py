@@ -138,3 +138,32 @@ def test_what_the_system_refuses_is_one_line_and_exit_status_2(tmp_path, monkeyp
         runtime.run(lambda: open(tmp_path, "w"))
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and str(tmp_path) in line
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_change(monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    full = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 TB")
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), MemoryError(), full):
+
+        def main(error=error):
+            raise error
+
+        with pytest.raises(SystemExit) as end:
+            runtime.run(main)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and "--recompute" in said and said.count("\n") == 1
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    def main():
+        raise RuntimeError("another")
+
+    with pytest.raises(RuntimeError, match="another"):
+        runtime.run(main)
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
+    runtime.refuse_output("--out", tmp_path / "new.png")
+    for path in (tmp_path, tmp_path / "absent/x.png"):
+        with pytest.raises(runtime.UserError):
+            runtime.refuse_output("--out", path)
