@@ -1,5 +1,4 @@
-"""What a sample is: views of an image, its masks, pairs; the order of samples, and the loader.
-Words are in texts.py.
+"""What a sample is, the order of samples, and the loader. Images are in images.py, words in texts.py.
 
 A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; `source.image(i)`,
 an RGB image or a tuple of two; and `source.drawn`, True for the built-in world, whose images are
@@ -7,28 +6,25 @@ augmented only if that is asked for, and never mirrored. Sources with text also 
 `source.corpus()`, texts to train a vocabulary on. Every random choice about a sample is a function
 of (seed, epoch, index), so the order of workers does not matter.
 
-Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of
-an image in pixels.
+Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of an image in
+pixels.
 """
 
 import functools
 import hashlib
 import itertools
-import math
-import os
 import random
-import stat
-import struct
 import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import losses
+from images import AUGMENTATIONS, GRAY, Unreadable, augment, resize, to_tensor
 from runtime import UserError, at_least, loader_workers
 
 
@@ -39,10 +35,6 @@ class Picture(NamedTuple):
     image: str  # the path, or a name
     captions: list
     item: str
-
-
-class Unreadable(UserError):
-    """An image file that cannot be read."""
 
 
 class Absent(UserError):
@@ -67,139 +59,6 @@ def flags(parser, images=None, text=False, exclude=True):
         group.add_argument("--vocab", metavar="FILE", help=f"vocab.txt or tokenizer.json {known}")
     workers = "loader processes per training process (default: by the cores; on a CPU 0)"
     group.add_argument("--workers", type=at_least(0), metavar="N", help=workers)
-
-
-# ---- Images: reading, and augmentation in Pillow (Section 4.1) -----------------------------------
-
-# What Pillow raises on broken files, depending on their format
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
-UNREADABLE += (RuntimeError, MemoryError, struct.error, Image.DecompressionBombError)
-MOST_PIXELS = 10**8  # of an image: 300 MB once it is decoded; the largest cameras have as many
-GRAY = (128, 128, 128)
-
-
-def read_image(path):
-    """RGB, turned as its EXIF data says; transparent parts become white, and values of more than 8
-    bit are scaled by their range, as viewers do. Unreadable, with the path, if it is no image."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is no regular file")
-        with Image.open(path) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width} × {image.height} pixels are too many")
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                image = to_8_bit(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except UNREADABLE as error:
-        raise Unreadable(f"{path} cannot be read: {error}") from None
-
-
-def to_tensor(image):
-    """RGB image → uint8 (3, S, S)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def to_8_bit(image):
-    """An image of one channel with other values than 0 … 255 → the same from black to white."""
-    values = np.asarray(image, dtype=np.float64)
-    low, high = values.min(), values.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("its values are not finite")
-    return Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-300)))
-
-
-def read_images(paths, size):
-    """Image files as a model sees them: uint8 (n, 3, size, size). Unreadable if one is no image."""
-    return torch.stack([to_tensor(resize(read_image(path), size)) for path in paths])
-
-
-def resize(image, size):
-    return image.resize((size, size), Image.Resampling.BICUBIC)
-
-
-def random_resized_crop(image, size, rng):
-    """A crop of 50–100 % of the area and of 3:4 to 4:3, resized to a square."""
-    width, height = image.size
-    for _ in range(10):
-        target = rng.uniform(0.5, 1) * width * height
-        ratio = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            x, y = rng.randint(0, width - w), rng.randint(0, height - h)
-            return image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
-    return resize(image, size)  # very long or tall images
-
-
-def affine(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
-    matrix = (a, b, c, d, e, f)
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GRAY)
-
-
-OPERATIONS = {  # of RandAugment, as (image, level 0 … 1, sign ±1): those that leave colors their names
-    "identity": lambda image, level, sign: image,
-    "auto-contrast": lambda image, level, sign: ImageOps.autocontrast(image),
-    "equalize": lambda image, level, sign: ImageOps.equalize(image),
-    "brightness": lambda image, level, sign: ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * level),
-    "sharpness": lambda image, level, sign: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * level),
-    "shear-x": lambda image, level, sign: affine(image, b=0.3 * level * sign),
-    "shear-y": lambda image, level, sign: affine(image, d=0.3 * level * sign),
-    "translate-x": lambda image, level, sign: affine(image, c=10 / 224 * image.width * level * sign),
-    "translate-y": lambda image, level, sign: affine(image, f=10 / 224 * image.height * level * sign),
-    "rotate": lambda image, level, sign: image.rotate(30 * level * sign, Image.Resampling.BILINEAR, fillcolor=GRAY),
-}
-
-
-def rand_augment(image, rng):
-    """RandAugment(2, 7): two operations, drawn with replacement, at magnitude 7 of 10."""
-    for operation in rng.choices(list(OPERATIONS.values()), k=2):
-        image = operation(image, 0.7, rng.choice((-1, 1)))
-    return image
-
-
-AUGMENTATIONS = ("none", "crop", "randaugment")
-
-
-def augment(image, size, rng, kind="randaugment", flip=False):
-    """A training view (S, S): "none" (resized), "crop" (random resized crop), "randaugment" (crop,
-    then two operations). flip: half of them are mirrored."""
-    image = resize(image, size) if kind == "none" else random_resized_crop(image, size, rng)
-    if flip and rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-    return rand_augment(image, rng) if kind == "randaugment" else image
-
-
-# ---- Blockwise masking (Section 3.4, as in BEiT) -------------------------------------------------
-
-MASKED, SMALLEST = 75 / 196, 16 / 196  # of all patches: how many are hidden, and the smallest block
-
-
-def mask_blocks(side, rng):
-    """Which of side × side patches are hidden: (N,) bool, row by row, True = hidden.
-
-    Blocks of random size, 3:1 to 1:3, at random places, each with at least SMALLEST of the grid,
-    until MASKED of it is hidden (rounded up or down at random, so that small grids have their
-    share) and never more: a block that would add more, or nothing, is drawn again, a hundred times
-    at most.
-    """
-    wanted, smallest = int(MASKED * side * side + rng.random()), max(1, round(SMALLEST * side * side))
-    hidden = np.zeros((side, side), dtype=bool)
-    for _ in range(100):
-        missing = wanted - int(hidden.sum())
-        if not missing:
-            break
-        area = rng.uniform(smallest, max(smallest, missing))
-        aspect = math.exp(rng.uniform(-math.log(3), math.log(3)))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if h * w < smallest or max(h, w) > side:
-            continue
-        y, x = rng.randint(0, side - h), rng.randint(0, side - w)
-        if 0 < h * w - int(hidden[y : y + h, x : x + w].sum()) <= missing:
-            hidden[y : y + h, x : x + w] = True
-    return torch.from_numpy(hidden.flatten())
 
 
 # ---- Training samples ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from runtime import read_metrics
+from log import read_metrics
 
 FONT = ImageFont.load_default(14)
 LINE = 18  # pixels from one line of text to the next

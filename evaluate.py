@@ -11,6 +11,7 @@ import json
 import checkpoint
 import runtime
 from finetune import TASKS
+from log import in_words
 from runtime import at_least
 
 
@@ -49,7 +50,7 @@ def main():
     with run.autocast():
         results = stage.evaluate(args, run)
     if results:
-        run.print(runtime.in_words(results))
+        run.print(in_words(results))
         run.print(json.dumps({name: round(value, 2) for name, value in results.items()}))
 
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import data
 import dvae
 import momo
 import shapes
+from images import mask_blocks, to_tensor
 from mome import MIMHead
 from texts import IGNORE
 
@@ -101,7 +101,7 @@ def pointing_game(maps, words, config, device, count=200):
     hits = {name: [] for name in ("size", "color", "shape", "all", "any thing", "chance")}
     for i in range(count):
         ids, mask = words.encode_all(world[i].captions[:1])
-        image = data.to_tensor(world.image(i))[None]
+        image = to_tensor(world.image(i))[None]
         weights = maps(ids.to(device), mask.to(device), image.to(device)).cpu()  # (T, N)
         inside = patches_inside(world.places(i), config)  # (things, N)
         thing = 0
@@ -145,7 +145,7 @@ def hidden_patches(start, config, rng):
     """Which patches the stage of a checkpoint hides: (1, N) bool."""
     side = config.image_size // config.patch_size
     ratio = momo.RATIO["image"]
-    hidden = data.mask_blocks(side, rng) if "dvae" in start.extra else momo.hide_patches(ratio, side * side, rng)
+    hidden = mask_blocks(side, rng) if "dvae" in start.extra else momo.hide_patches(ratio, side * side, rng)
     return hidden[None]
 
 

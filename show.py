@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 import checkpoint
-import data
 import drawing
 import inside
 import nlvr2
@@ -33,6 +32,8 @@ import runtime
 import shapes
 import sources
 import vqa
+from images import read_image, resize, to_tensor
+from log import in_words
 from runtime import UserError, at_least
 from texts import read_texts
 
@@ -47,7 +48,7 @@ def load(args, run, needs=()):
 
 def view(image, config, run):
     """An RGB image as the model sees it: uint8 (1, 3, S, S)."""
-    return data.to_tensor(data.resize(image, config.image_size))[None].to(run.device)
+    return to_tensor(resize(image, config.image_size))[None].to(run.device)
 
 
 def encode(words, texts, run):
@@ -63,7 +64,7 @@ def encode(words, texts, run):
 def image_and_texts(args, config):
     """The image and the texts that were named, or those of a scene of the built-in world."""
     if args.image:
-        return data.read_image(args.image), args.text or []
+        return read_image(args.image), args.text or []
     world = shapes.World("test", config.image_size)
     return world.image(args.scene), args.text or world[args.scene].captions
 
@@ -93,7 +94,7 @@ def search(args, run):
     kept = Path(args.out).with_suffix(".vectors.npz") if args.images else None
     gallery = retrieval.kept_vectors(model, source, kept, args.checkpoint, run.device)  # (I, D)
     if args.image:
-        titles, queries = [args.image], model.embed_image(view(data.read_image(args.image), config, run))
+        titles, queries = [args.image], model.embed_image(view(read_image(args.image), config, run))
     else:
         first = range(min(3, len(source)))
         titles = args.text or [caption for i in first for caption in source[i].captions[:1]]
@@ -122,7 +123,7 @@ def search_texts(model, words, args, run):
     """The best of --texts for --image."""
     if not args.image:
         raise UserError("--texts are what an --image looks for: name it")
-    image, texts = data.read_image(args.image), read_texts(args.texts)
+    image, texts = read_image(args.image), read_texts(args.texts)
     pixels = view(image, model.config, run)
     ids, mask = words.encode_all(texts)
     scores = retrieval.embed_texts(model, ids, mask, run.device, 64) @ model.embed_image(pixels)[0]  # (C,)
@@ -186,7 +187,7 @@ def ask(args, run):
     task = Task(args, start.config, start, run).to(run.device).eval()
     config = task.model.config
     if args.images:
-        asked = [([data.read_image(path) for path in args.images], args.text)]
+        asked = [([read_image(path) for path in args.images], args.text)]
     else:
         world = task_file.read(["shapes"], "test", config.image_size)
         numbers = range(shapes.TIMES * args.scene, shapes.TIMES * (args.scene + 1))
@@ -229,7 +230,7 @@ def attend(args, run):
     image, texts = image_and_texts(args, config)
     ids, mask = encode(words, texts[:1], run)
     weights = maps(ids, mask, view(image, config, run)).cpu()
-    square = data.resize(image, config.image_size)
+    square = resize(image, config.image_size)
     tiles = [drawing.tile(square)]
     for positions in words.words(ids[0]):
         word, patches = words.tokenizer.decode(ids[0, positions].tolist()), weights[positions].mean(0)
@@ -239,7 +240,7 @@ def attend(args, run):
     save(drawing.sheet([("" if k else texts[0], tiles[k : k + 7]) for k in range(0, len(tiles), 7)]), args)
     if not args.image:
         found = inside.pointing_game(maps, words, config, run.device)
-        print(f"pointing game, % of words: {runtime.in_words(found)}")
+        print(f"pointing game, % of words: {in_words(found)}")
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 import shapes
-from data import SPLITS, Absent, Picture, read_image, split_by_hash
+from data import SPLITS, Absent, Picture, split_by_hash
+from images import read_image
 from runtime import UserError
 
 

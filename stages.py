@@ -17,6 +17,7 @@ import dvae
 import losses
 import sources
 import texts
+from images import mask_blocks
 from mome import MIMHead
 from retrieval import retrieval, retrieval_sheet
 from runtime import UserError, seed_all
@@ -72,7 +73,7 @@ class Image(Stage):
         self.samples = [data.Images(self.sources["train"], config.image_size, args, hide=self.hide)]
 
     def hide(self, rng):
-        return data.mask_blocks(self.side, rng)
+        return mask_blocks(self.side, rng)
 
     def forward(self, batch):
         """batch: image (b, 3, S, S), hidden (b, N) bool."""

@@ -1,4 +1,4 @@
-"""Pre-training: the flags and the loop of every stage (stages.py, momo.py) and task (finetune.py).
+"""Pre-training: the flags and the loop of every stage (stages.py, momo_stages.py) and task (finetune.py).
 
     python train.py                             # stage vl: tiny model, built-in world, any machine
 
@@ -22,8 +22,9 @@ import data
 import drawing
 import runtime
 from dvae import DVAE
+from log import Log
 from mome import CONFIGS, Config
-from momo import MoMoAll, MoMoImage, MoMoText, MoMoVL
+from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from runtime import UserError, at_least
 from stages import VL, Image, Text
 
@@ -177,7 +178,7 @@ def train(stage, args, run, start=None):
     # The folder of the run
     out = checkpoint.prepare(stage, args, run, resumed)
     summary(stage, args, run, start)
-    log = runtime.Log(out, args, run, stage, loader, done, record)
+    log = Log(out, args, run, stage, loader, done, record)
     signals = runtime.Signals(run)
 
     for step in range(done + 1, args.steps + 1):

@@ -23,8 +23,9 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import checkpoint
-import data
 import glue
+import images
+import log
 import nlvr2
 import runtime
 import sources
@@ -161,7 +162,7 @@ def tokenizer(folder):
 @reader("metrics.jsonl", "metrics.jsonl")
 def metrics(folder):
     write_json(folder / "metrics.jsonl", [{"step": 5, "itc": 0.5}, {"step": 9, "itc": 0.25}])
-    return lambda: runtime.read_metrics(folder / "metrics.jsonl")
+    return lambda: log.read_metrics(folder / "metrics.jsonl")
 
 
 @reader("checkpoint", "last.pt")
@@ -193,7 +194,7 @@ def image_reader(ending):
             buffer = io.BytesIO()
             picture.convert("L").save(buffer, "PNG")
         (folder / f"a{ending}").write_bytes(buffer.getvalue())
-        return lambda: data.read_image(folder / f"a{ending}")
+        return lambda: images.read_image(folder / f"a{ending}")
 
     return image
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import checkpoint
+import positions
 import runtime
 from bench import bare
 from mome import Config, VLMo
@@ -112,7 +113,7 @@ def test_patch_offsets_are_resampled_as_released():
     noise = np.random.default_rng(zlib.crc32(b"small")).standard_normal((49, 2)) * 0.05
     table = torch.stack(bumps, dim=-1).view(49, 2) + torch.tensor(noise)
     table = torch.cat([table, torch.zeros(3 + 2 * 16 + 2, 2)])
-    new = checkpoint.fit_table(table, 4, 6, 16, 16)
+    new = positions.fit_table(table, 4, 6, 16, 16)
     torch.testing.assert_close(new[:6].flatten(), torch.tensor(RELEASED).double(), atol=1e-6, rtol=0)
     assert new[:121].norm().item() == pytest.approx(8.5188788, abs=1e-6)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
 import data
+import images
 import nlvr2
 import runtime
 import shapes
@@ -31,12 +32,12 @@ def test_transparency_shows_white_and_no_image_is_unreadable(tmp_path):
     path, image = tmp_path / "a.png", Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     image.putpixel((1, 2), (10, 20, 30, 255))
     image.save(path)
-    tensor = data.to_tensor(data.read_image(path))
+    tensor = images.to_tensor(images.read_image(path))
     assert tensor[:, 2, 1].tolist() == [10, 20, 30] and tensor[:, 0, 0].tolist() == [255] * 3
     for content in (b"", b"hello", path.read_bytes()[:40]):
         path.write_bytes(content)
-        with pytest.raises(data.Unreadable):
-            data.read_image(path)
+        with pytest.raises(images.Unreadable):
+            images.read_image(path)
 
 
 def test_images_are_seen_as_a_viewer_shows_them(tmp_path):
@@ -46,12 +47,12 @@ def test_images_are_seen_as_a_viewer_shows_them(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     image.save(tmp_path / "turned.png", exif=exif)
-    turned = data.read_image(tmp_path / "turned.png")
+    turned = images.read_image(tmp_path / "turned.png")
     assert turned.size == (2, 4) and turned.getpixel((1, 0)) == (255, 0, 0)
     ramp = 500 + 10 * np.arange(12).reshape(3, 4)
     for name, kind in (("a.png", np.uint16), ("b.tiff", np.float32), ("c.tiff", np.int32), ("d.tiff", ">u2")):
         Image.fromarray(ramp.astype(kind)).save(tmp_path / name)
-        gray = np.asarray(data.read_image(tmp_path / name))[..., 0]
+        gray = np.asarray(images.read_image(tmp_path / name))[..., 0]
         np.testing.assert_allclose(gray, 255 * np.arange(12).reshape(3, 4) / 11, atol=1)
 
 
@@ -59,25 +60,25 @@ def test_what_would_block_or_fill_the_memory_is_unreadable(tmp_path, monkeypatch
     os.mkfifo(tmp_path / "pipe.png")
     Image.new("RGB", (50, 50)).save(tmp_path / "large.png")
     Image.fromarray(np.full((2, 2), np.inf, np.float32)).save(tmp_path / "infinite.tiff")
-    monkeypatch.setattr(data, "MOST_PIXELS", 2000)
+    monkeypatch.setattr(images, "MOST_PIXELS", 2000)
     for name in ("pipe.png", "large.png", "infinite.tiff"):
-        with pytest.raises(data.Unreadable):
-            data.read_image(tmp_path / name)
+        with pytest.raises(images.Unreadable):
+            images.read_image(tmp_path / name)
 
 
 def test_crops_cover_half_to_all_of_the_picture():
     areas = []
     for seed in range(300):
-        crop = data.random_resized_crop(gradient_image(), 32, random.Random(seed))
+        crop = images.random_resized_crop(gradient_image(), 32, random.Random(seed))
         width, height, _ = np.ptp(np.asarray(crop), (0, 1)) / (4, 6, 1) + 1  # by its colors
         areas.append(width * height / (60 * 40))
     assert 0.42 < min(areas) < 0.6 and 0.85 < max(areas) <= 1.01
-    assert data.augment(Image.new("RGB", (1, 500)), 16, random.Random(0)).size == (16, 16)
+    assert images.augment(Image.new("RGB", (1, 500)), 16, random.Random(0)).size == (16, 16)
 
 
 def test_every_operation_does_what_its_name_says():
     image, moved = gradient_image(64, 64), {}
-    for name, operation in data.OPERATIONS.items():
+    for name, operation in images.OPERATIONS.items():
         moved[name] = np.asarray(operation(image, 0.7, 1)).astype(int)
     before, turned = np.asarray(image).astype(int), moved["rotate"]
     same = [name for name in moved if np.array_equal(moved[name], before)]
@@ -90,19 +91,19 @@ def test_every_operation_does_what_its_name_says():
 
 def test_randaugment_applies_two_operations_and_flipping_is_asked_for(monkeypatch):
     image, strengths = gradient_image(32, 32), []
-    flipped = [data.augment(image, 32, random.Random(i), "none", flip=True) for i in range(50)]
+    flipped = [images.augment(image, 32, random.Random(i), "none", flip=True) for i in range(50)]
     assert 10 < sum(np.array_equal(view, np.asarray(image)[:, ::-1]) for view in flipped) < 40
-    assert data.augment(image, 32, random.Random(1), "none").tobytes() == image.tobytes()
+    assert images.augment(image, 32, random.Random(1), "none").tobytes() == image.tobytes()
     record = lambda image, *strength: strengths.append(strength) or image
-    monkeypatch.setattr(data, "OPERATIONS", {"record": record})
+    monkeypatch.setattr(images, "OPERATIONS", {"record": record})
     for seed in range(100):
-        data.augment(image, 32, random.Random(seed))
+        images.augment(image, 32, random.Random(seed))
     assert len(strengths) == 200 and set(strengths) == {(0.7, 1), (0.7, -1)}
 
 
 @pytest.mark.parametrize("side, smallest", [(1, 1), (3, 1), (6, 3), (14, 16)])
 def test_blockwise_masks_hide_their_share_in_blocks(side, smallest):
-    masks = torch.stack([data.mask_blocks(side, random.Random(seed)) for seed in range(400)])
+    masks = torch.stack([images.mask_blocks(side, random.Random(seed)) for seed in range(400)])
     assert masks.dtype == torch.bool and masks.shape == (400, side * side)
     assert abs(masks.float().mean().item() - 75 / 196) < 0.015 + 0.02 / side
     assert masks.sum(1).max() <= -(-75 * side * side // 196)
@@ -136,7 +137,7 @@ class Pictures(list):
 
     def image(self, i):
         if i in self.broken:
-            raise data.Unreadable(f"{i}.png cannot be read")
+            raise images.Unreadable(f"{i}.png cannot be read")
         return Image.new("RGB", (9, 9), (10 * i,) * 3)
 
 
@@ -157,10 +158,13 @@ def same(a, b):
 
 
 def test_samples_are_a_function_of_seed_epoch_and_index(words):
-    world, hide = shapes.World("train", 16), functools.partial(data.mask_blocks, 4)
+    world, hide = shapes.World("train", 16), functools.partial(images.mask_blocks, 4)
+    assert data.Images(world, 16, options()).augmentation == "none"
+    assert not data.Images(world, 16, options()).flip
+    world.drawn = False  # from here on it is treated like a folder
 
     def pairs(**changed):
-        return data.Pairs(world, words, 16, options(data=["folder"], **changed), hide)
+        return data.Pairs(world, words, 16, options(**changed), hide)
 
     first = pairs()[2, 5]
     assert same(first, pairs()[2, 5])
@@ -171,8 +175,8 @@ def test_samples_are_a_function_of_seed_epoch_and_index(words):
     assert set(ids) == wanted and len(pairs()) == 2 * len(world)
     assert data.stable_hash("a") == 2340832890917691671  # the same in every run and process
     assert pairs().augmentation == "randaugment" and pairs(augment="none").augmentation == "none"
-    assert pairs().flip and not pairs(no_flip=True).flip and not data.Images(world, 16, options()).flip
-    assert data.Images(world, 16, options(data=["folder"])).augmentation == "crop"
+    assert pairs().flip and not pairs(no_flip=True).flip
+    assert data.Images(world, 16, options()).augmentation == "crop"
 
 
 def test_an_epoch_has_every_caption_of_every_picture_once(words):
@@ -187,7 +191,7 @@ def test_an_epoch_has_every_caption_of_every_picture_once(words):
 def test_examples_have_both_images_the_text_and_the_target_of_a_sample(words):
     source, target = nlvr2.WorldStatements("train", 16), lambda record: torch.tensor(7)
     sample = data.Examples(source, words, target, 16, options())[0, 5]  # not augmented
-    assert torch.equal(sample["image"], torch.stack(list(map(data.to_tensor, source.image(5)))))
+    assert torch.equal(sample["image"], torch.stack(list(map(images.to_tensor, source.image(5)))))
     assert torch.equal(sample["text"], words.encode(source[5].text)[0]) and sample["target"] == 7
 
 
@@ -245,7 +249,7 @@ def test_evaluation_reads_images_in_order_and_stops_at_an_unreadable_one():
     source = Pictures(9, broken=(7,))
     views = data.pictures(source, [[3, 1], [0, 7]], 4, "cpu")
     assert next(views)[:, :, 0, 3].tolist() == [[30] * 3, [10] * 3]
-    with pytest.raises(data.Unreadable):
+    with pytest.raises(images.Unreadable):
         next(views)
     source.image = lambda i: (Pictures.image(source, i), Pictures.image(source, i + 1))
     [pairs] = data.pictures(source, [[0, 2]], 4, "cpu")

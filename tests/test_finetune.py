@@ -16,6 +16,7 @@ import data
 import evaluate
 import finetune
 import glue
+import images
 from bench import bare
 from runtime import UserError
 
@@ -208,7 +209,7 @@ def test_zero_shot_the_class_is_that_of_the_nearest_captions(start, tmp_path, mo
             ids, mask = words.encode_all([f"a {name}", f"a small {name} above"])
             means.append(model.embed_text(ids, mask).mean(0))
         for path in sorted((tmp_path / "test").rglob("*.png")):
-            vector = model.embed_image(data.read_images([path], config.image_size))[0]
+            vector = model.embed_image(images.read_images([path], config.image_size))[0]
             cosines = [vector @ mean / mean.norm() for mean in means]
             right += ("n2" if cosines[1] > cosines[0] else "n1") == path.parent.name
     ask = ["--task", "classify", "--zero-shot", "--checkpoint", start, "--data", tmp_path]
@@ -259,7 +260,7 @@ def test_checkpoints_and_data_that_do_not_fit_are_refused(
     refuse(data.Absent, evaluate, *ask, "test")
     refuse(UserError, evaluate, *ask, "val", "--predictions", "x.json")
     (folder / "val/dog/1.png").write_bytes(b"broken")
-    refuse(data.Unreadable, evaluate, *ask, "val")
+    refuse(images.Unreadable, evaluate, *ask, "val")
     picture(folder / "val/bird/1.png")  # a class that the head does not have
     refuse(UserError, evaluate, *ask, "val")
 

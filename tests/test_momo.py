@@ -16,12 +16,13 @@ from conftest import (
 import checkpoint
 import finetune
 import momo
+import momo_stages
 import shapes
 import texts
 import train
 from bench import bare
 from mome import CONFIGS, Config, VLMo
-from momo import MoMoAll, MoMoImage, MoMoText, MoMoVL
+from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from runtime import UserError
 from texts import IGNORE
 
@@ -150,7 +151,7 @@ def test_loss_and_measure_are_squared_errors_of_hidden_patches(normalised):
     error = F.mse_loss(pixels, wanted).item()
     assert stage(inputs)["mim"].item() == pytest.approx(error, rel=1e-4)
     expected = {"error": error, "mean patch's error": F.mse_loss(guess, wanted).item()}
-    found = momo.masked_pixels(stage, source, "cpu")
+    found = momo_stages.masked_pixels(stage, source, "cpu")
     assert found == pytest.approx(expected | {"masked patches": 24}, rel=1e-4)
 
 

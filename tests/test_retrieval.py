@@ -9,6 +9,7 @@ from conftest import train_tokenizer_once
 from PIL import Image
 
 import data
+import images
 import retrieval
 from mome import CONFIGS, VLMo
 from texts import Words
@@ -160,12 +161,12 @@ def test_the_log_odds_are_those_of_each_pair():
     model, words, captions = model_and_words()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    images = retrieval.all_images(SOURCE, 48, "cpu", batch=3)
+    pixels = retrieval.all_images(SOURCE, 48, "cpu", batch=3)
     ids, mask = words.encode_all(captions)
-    reranker = retrieval.Reranker(model, images, ids, mask, 4, "cpu", batch=2)
+    reranker = retrieval.Reranker(model, pixels, ids, mask, 4, "cpu", batch=2)
     image, caption = torch.tensor([0, 6, 3]), torch.tensor([8, 1, 4])
     for odds, i, n in zip(reranker.odds(image, caption), image, caption):
-        picture = data.to_tensor(data.resize(SOURCE.image(int(i)), 48))
+        picture = images.to_tensor(images.resize(SOURCE.image(int(i)), 48))
         hidden = model.encode_pair(ids[n][None], mask[n][None], picture[None])
         wrong, right = model.itm_head(torch.tanh(model.pooler(hidden[:, 0])))[0]
         torch.testing.assert_close(odds, right - wrong, atol=1e-5, rtol=0)

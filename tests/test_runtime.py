@@ -10,6 +10,7 @@ import torch
 from conftest import metrics
 from torch import nn
 
+import log
 import runtime
 from bench import bare
 from mome import CONFIGS, VLMo
@@ -65,7 +66,7 @@ def log_in(folder, done=0, amp="off"):
     """A Log of a run that takes 8 samples per step."""
     args = SimpleNamespace(steps=40, batch_size=8, amp=amp)
     stage = bare(Stage, nn.Module(), loss_weights={"itc": 1.0})
-    return runtime.Log(folder, args, runtime.Runtime(), stage, SimpleNamespace(unreadable=3), done)
+    return log.Log(folder, args, runtime.Runtime(), stage, SimpleNamespace(unreadable=3), done)
 
 
 def test_lines_are_means_per_name_over_the_parts_that_have_it(tmp_path, monkeypatch):

@@ -9,9 +9,9 @@ from conftest import BRIEF, call, pictures
 from PIL import Image
 
 import checkpoint
-import data
 import drawing
 import finetune
+import images
 import shapes
 import show
 import train
@@ -103,7 +103,7 @@ def test_the_vectors_of_a_folder_are_kept_until_something_changes(trained, own, 
 def test_the_best_of_a_folder_are_those_of_a_dot_product(trained, own, monkeypatch, capsys):
     """Also the vectors that embed writes, and the order in which --rerank puts them."""
     model, words, config = checkpoint.load_model(trained / "vl/last.pt")
-    image = data.read_images([own / f"own/{i}.png" for i in range(4)], config.image_size)
+    image = images.read_images([own / f"own/{i}.png" for i in range(4)], config.image_size)
     ids, mask = words.encode_all(["a red circle"])
     with torch.no_grad():
         scores = model.embed_image(image) @ model.embed_text(ids, mask)[0]
@@ -135,7 +135,7 @@ def test_known_right_pictures_are_framed(trained, own, monkeypatch, capsys):
 def test_probabilities_are_those_of_the_heads(trained, own, monkeypatch, capsys):
     """Of a match, of answers, of a statement."""
     model, words, config = checkpoint.load_model(trained / "vl/last.pt")
-    image = data.read_images(["own/0.png"], config.image_size)
+    image = images.read_images(["own/0.png"], config.image_size)
     ids, mask = words.encode_all(["red"])
     with torch.no_grad():
         cosine = (model.embed_image(image) @ model.embed_text(ids, mask).T).item()

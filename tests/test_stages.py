@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import batch_of, train_stages
 
 import checkpoint
-import data
+import images
 import dvae
 import runtime
 import shapes
@@ -162,7 +162,7 @@ def test_stage_image_counts_the_codes_it_finds_next_to_plain_guesses():
     measured = stage.measure("test", "cpu")
     image = torch.stack([torch.from_numpy(np.array(source.image(i))) for i in range(30)])
     image = image.permute(0, 3, 1, 2)
-    hidden = torch.stack([data.mask_blocks(4, random.Random(f"mask {i}")) for i in range(30)])
+    hidden = torch.stack([images.mask_blocks(4, random.Random(f"mask {i}")) for i in range(30)])
     codes, embedding = stage.dvae.encode(image), stage.head.mask_embedding
     rows = stage.model.encode_image(image, masked=hidden, mask_embedding=embedding)
     logits, labels = stage.head.classifier(rows[:, 1:][hidden]), codes[hidden]  # after [I_CLS]
