@@ -13,6 +13,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -53,6 +54,8 @@ def parse(stages, option, default, description):
     chosen, _ = first.parse_known_args()
     name = chosen.stage or default
     out = chosen.out or f"runs/{name}"
+    if Path(out).is_file():
+        raise UserError(f"--out {out} is a file")
     start = checkpoint.find(out, chosen.resume, chosen.init)
     if start and start.resumed:
         if chosen.stage not in (None, start.stage):

@@ -279,7 +279,7 @@ REFUSED = """
 --batch-size 0 | --batch-size 8 --accumulate 3 | --lr nan | --itc-weight 0 --eval-every 1
 --steps many | --heads 5 | --vl-layers 9 | --config huge | --vocab absent.txt | --codes 8
 --itc-weight 0 --itm-weight 0 --mlm-weight 0 | --stage image --itc-weight 1
---data absent | --data vl/config.json | --data vl | --out vl/config.json/below
+--data absent | --data vl/config.json | --data vl | --out vl/config.json/below | --out vl/config.json
 --stage dvae --init image/last.pt | --stage image | --stage image --dvae absent.pt
 --stage image --dvae image/last.pt | --stage image --dvae dvae/last.pt --patch-size 4
 --stage text | --stage text --init shared.pt | --stage text --init image/last.pt --max-text-len 2
