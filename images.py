@@ -32,6 +32,8 @@ def read_image(path):
     """RGB, turned as its EXIF data says; transparent parts become white, and values of more than 8
     bit are scaled by their range, as viewers do. Unreadable, with the path, if it is no image."""
     try:
+        if os.path.isdir(path):
+            raise ValueError("it is a folder")
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is no regular file")
         with Image.open(path) as image:

@@ -208,12 +208,13 @@ class Reranker:
 
 
 def reranked(model, best, scores, ids, mask, images):
-    """K numbers of scores, sorted again by what both heads say together, as in reorder. ids, mask
-    (K or 1, T), images (K or 1, 3, S, S)."""
+    """K numbers of scores, sorted again by what both heads say together, as in reorder → the numbers,
+    {number: probability of a match}. ids, mask (K or 1, T), images (K or 1, 3, S, S)."""
     K = len(best)
     logits = model.match(ids.expand(K, -1), mask.expand(K, -1), images.expand(K, -1, -1, -1))
     odds = model.scale() * scores[best] + logits[:, 1] - logits[:, 0]  # (K,)
-    return [best[k] for k in odds.argsort(descending=True).tolist()]
+    matches = dict(zip(best, logits.softmax(1)[:, 1].tolist()))
+    return [best[k] for k in odds.argsort(descending=True).tolist()], matches
 
 
 # ---- The vectors of a folder of images -----------------------------------------------------------

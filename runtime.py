@@ -72,6 +72,8 @@ def run(main):
     status, line = 0, ""
     try:
         main()
+    except BrokenPipeError:  # of a reader of our output, such as head
+        status = 141
     except (UserError, OSError) as error:
         status, line = 2, f"error: {error}"
     except Stopped as error:
@@ -91,7 +93,8 @@ def run(main):
     elif status == 0 and dist.is_initialized():
         dist.barrier()  # nobody leaves while another one still talks to it
         dist.destroy_process_group()
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
     # Not sys.exit: other processes may wait for us in a collective call that will never come, and
     # threads of the process group that are still alive would abort the end of Python
     os._exit(status)

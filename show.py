@@ -1,13 +1,13 @@
 """A trained checkpoint on own files: every command prints what it finds, and draws it. Without files
 they look at the built-in world.
 
-    python show.py search --images DIR --text "a red circle above a blue star"
+    python show.py search --images DIR --text "a large red circle above a small blue star"
     python show.py search --images DIR --image FILE           # pictures like it; --texts FILE: texts
-    python show.py match --image FILE --text "a red circle" "a blue star"
+    python show.py match --image FILE --text "a dog" "a cat"
     python show.py ask --image FILE --question "what color is the circle?"
     python show.py compare --images LEFT RIGHT --statement "both images show a red shape."
-    python show.py attend --image FILE --text "a red circle"  # where each word looks
-    python show.py masked --image FILE --text "a red circle"  # what it makes of what is hidden
+    python show.py attend --image FILE --text "a wet dog"     # where each word looks
+    python show.py masked --image FILE --text "a wet dog"     # what it makes of what is hidden
     python show.py embed --images DIR --texts FILE            # vectors for other tools
     python show.py curve runs/vl runs/momo-vl
 
@@ -108,11 +108,12 @@ def search(args, run):
             raise UserError(f"no image of {args.images} can be read")
         if args.rerank:
             images = torch.cat([view(source.image(i), config, run) for i in best])
-            best = retrieval.reranked(model, best, scores, ids[[q]], mask[[q]], images)
+            best, matches = retrieval.reranked(model, best, scores, ids[[q]], mask[[q]], images)
         tiles = []
         print(title)
         for rank, i in enumerate(best[: args.best], start=1):
             label, right = f"{rank}.  {scores[i]:.3f}", title in source[i].captions
+            label += f"  match {matches[i]:.0%}" if args.rerank else ""
             print(f"  {label}  {source[i].image}{'  (right)' if right else ''}")
             tiles.append(drawing.tile(source.image(i), label, right))
         rows.append((title, tiles))
@@ -129,7 +130,7 @@ def search_texts(model, words, args, run):
     scores = retrieval.embed_texts(model, ids, mask, run.device, 64) @ model.embed_image(pixels)[0]  # (C,)
     best = scores.topk(min(max(args.best, args.rerank), len(scores))).indices.tolist()
     if args.rerank:
-        best = retrieval.reranked(model, best, scores, ids[best].to(run.device), mask[best].to(run.device), pixels)
+        best, _ = retrieval.reranked(model, best, scores, ids[best].to(run.device), mask[best].to(run.device), pixels)
     rows = [f"{k}.  {scores[n]:.3f}  {texts[n]}" for k, n in enumerate(best[: args.best], start=1)]
     print(found := "\n".join(rows))
     save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written(found)])]), args)

@@ -239,11 +239,11 @@ def finish(stage, out, args, run, log):
     log.close()
     pictures = stage.draw(run.device)
     if run.main:
-        pictures["curve.png"] = drawing.curves([out])
+        if chart := drawing.curves([out]):
+            pictures["curve.png"] = chart
         for name, picture in pictures.items():
-            if picture:
-                picture.save(out / name)
-    run.print(f"{out / 'last.pt'} holds the model")
+            picture.save(out / name)
+    run.print(f"{out / 'last.pt'} holds the model; {', '.join(pictures)} next to it")
 
 
 def cut_warmup(args, run):
