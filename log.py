@@ -18,12 +18,12 @@ class Log:
     and over processes.
 
     Values stay on the device until a line is written. Resuming after step `done` drops later lines.
-    saved: the step of the last checkpoint; 0: there is none.
+    saved: the step of the last checkpoint; 0: there is none. applied: how many updates were made.
     """
 
     def __init__(self, out, args, run, stage, loader, done=0, record=-math.inf):
         self.run, self.stage, self.loader, self.args, self.record = run, stage, loader, args, record
-        self.out, self.saved, self.applied, self.in_a_row = out, done, 0, 0
+        self.out, self.saved, self.applied, self.in_a_row = out, done, done, 0
         self.bar = tqdm(total=args.steps, initial=done, disable=not run.main, unit="step", mininterval=1)
         self.file = None
         if run.main:
