@@ -337,10 +337,14 @@ def load_model(path, needs=()):
     something has not. Heads and embeddings that have not been learned are left out, so that to use
     one is an AttributeError, not a random number.
     """
-    start = read(path)
+    return model_of(read(path), needs)
+
+
+def model_of(start, needs=()):
+    """What load_model returns, of a Checkpoint."""
     start.require(needs)
     if start.words_embedded and not start.tokenizer:
-        raise UserError(f"{path} was imported without its vocabulary: import it again, with --vocab")
+        raise UserError(f"{start.path} was imported without its vocabulary: import it again, with --vocab")
     model, origin = begin(start.config, start, seed=0)
     for name, how in origin.items():
         if how == "fresh" and not name.startswith("blocks"):

@@ -128,11 +128,8 @@ def retrieval_sheet(model, source, words, device, queries=4, best=5, among=500):
         caption = source[i].captions[0]
         ids, mask = words.encode_all([caption])
         scores = image @ model.embed_text(ids.to(device), mask.to(device))[0]  # (I,)
-        tiles = []
-        for rank, k in enumerate(scores.topk(min(best, count)).indices.tolist(), start=1):
-            label, right = f"{rank}.  {scores[k]:.3f}", caption in source[k].captions
-            tiles.append(drawing.tile(source.image(k), label, right))
-        rows.append((caption, tiles))
+        found = results(source, caption, scores, scores.topk(min(best, count)).indices.tolist())
+        rows.append((caption, [drawing.tile(source.image(k), label, right) for k, label, right in found]))
     return drawing.sheet(rows)
 
 
@@ -207,14 +204,20 @@ class Reranker:
         return torch.cat(out)
 
 
-def reranked(model, best, scores, ids, mask, images):
-    """K numbers of scores, sorted again by what both heads say together, as in reorder → the numbers,
-    {number: probability of a match}. ids, mask (K or 1, T), images (K or 1, 3, S, S)."""
-    K = len(best)
-    logits = model.match(ids.expand(K, -1), mask.expand(K, -1), images.expand(K, -1, -1, -1))
-    odds = model.scale() * scores[best] + logits[:, 1] - logits[:, 0]  # (K,)
-    matches = dict(zip(best, logits.softmax(1)[:, 1].tolist()))
-    return [best[k] for k in odds.argsort(descending=True).tolist()], matches
+def reranked(reranker, best, scores, image, caption):
+    """K numbers of `scores`, sorted again by what both heads say together, as in reorder → the
+    numbers, {number: probability of a match}. image, caption (K,): the reranker's numbers of the
+    pairs."""
+    odds = reranker.odds(image, caption)  # (K,)
+    by_both = reranker.model.scale() * scores[best] + odds
+    matches = dict(zip(best, odds.sigmoid().tolist()))
+    return [best[k] for k in by_both.argsort(descending=True).tolist()], matches
+
+
+def results(source, caption, scores, best):
+    """Yields (number, label, whether it is known to be right) of the best pictures for a caption."""
+    for rank, i in enumerate(best, start=1):
+        yield i, f"{rank}.  {scores[i]:.3f}", caption in source[i].captions
 
 
 # ---- The vectors of a folder of images -----------------------------------------------------------

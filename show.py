@@ -52,10 +52,7 @@ def view(image, config, run):
 
 
 def encode(words, texts, run):
-    """Typed texts → ids (C, T), mask (C, T). UserError for none, and for one that is empty or too
-    long."""
-    if not texts:
-        raise UserError("name a text, too: --text, --question or --statement")
+    """Typed texts → ids (C, T), mask (C, T)."""
     words.refuse_unfit(texts)
     ids, mask = words.encode_all(texts)
     return ids.to(run.device), mask.to(run.device)
@@ -107,12 +104,13 @@ def search(args, run):
         if not best:
             raise UserError(f"no image of {args.images} can be read")
         if args.rerank:
-            images = torch.cat([view(source.image(i), config, run) for i in best])
-            best, matches = retrieval.reranked(model, best, scores, ids[[q]], mask[[q]], images)
+            images, K = torch.cat([view(source.image(i), config, run) for i in best]), len(best)
+            reranker = retrieval.Reranker(model, images, ids, mask, K, run.device, 64)
+            pairs = torch.arange(K), torch.full((K,), q)
+            best, matches = retrieval.reranked(reranker, best, scores, *pairs)
         tiles = []
         print(title)
-        for rank, i in enumerate(best[: args.best], start=1):
-            label, right = f"{rank}.  {scores[i]:.3f}", title in source[i].captions
+        for i, label, right in retrieval.results(source, title, scores, best[: args.best]):
             label += f"  match {matches[i]:.0%}" if args.rerank else ""
             print(f"  {label}  {source[i].image}{'  (right)' if right else ''}")
             tiles.append(drawing.tile(source.image(i), label, right))
@@ -122,15 +120,17 @@ def search(args, run):
 
 def search_texts(model, words, args, run):
     """The best of --texts for --image."""
-    if not args.image:
-        raise UserError("--texts are what an --image looks for: name it")
+    if not args.image or args.images:
+        raise UserError("--texts are what an --image looks for: name it, and no --images")
     image, texts = read_image(args.image), read_texts(args.texts)
     pixels = view(image, model.config, run)
     ids, mask = words.encode_all(texts)
     scores = retrieval.embed_texts(model, ids, mask, run.device, 64) @ model.embed_image(pixels)[0]  # (C,)
     best = scores.topk(min(max(args.best, args.rerank), len(scores))).indices.tolist()
     if args.rerank:
-        best, _ = retrieval.reranked(model, best, scores, ids[best].to(run.device), mask[best].to(run.device), pixels)
+        reranker = retrieval.Reranker(model, pixels, ids, mask, len(best), run.device, 64)
+        pairs = torch.zeros(len(best), dtype=torch.int64), torch.tensor(best)
+        best, _ = retrieval.reranked(reranker, best, scores, *pairs)
     rows = [f"{k}.  {scores[n]:.3f}  {texts[n]}" for k, n in enumerate(best[: args.best], start=1)]
     print(found := "\n".join(rows))
     save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written(found)])]), args)
@@ -197,8 +197,8 @@ def ask(args, run):
     for images, text in asked:
         images = images if isinstance(images, list | tuple) else [images]
         pixels = torch.cat([view(image, config, run) for image in images])  # (1 or 2, 3, S, S)
-        ids, mask = encode(task.words, [text] if text else [], run)
         pixels = pixels if len(images) == 1 else pixels[None]
+        ids, mask = encode(task.words, [text] if text else [], run)
         [logits] = task.predict({"image": pixels, "text": ids, "mask": mask})
         found = task.say(logits)
         print(f"{text}\n{found}")
@@ -215,6 +215,8 @@ def attend(args, run):
     much each patch matters for predicting the word when it is masked. In the built-in world also
     the pointing game: how often a word's hottest patch lies in the thing that it describes."""
     model, words, config = load(args, run, ["mlm_head" if args.relevance else "words"])
+    if args.relevance and (args.layers or args.heads):
+        raise UserError("--relevance goes through all layers and heads")
     fusing = config.layers if config.experts == "shared" else max(config.vl_layers, 1)
     layers = args.layers or range(config.layers - fusing + 1, config.layers + 1)
     heads = args.heads or range(1, config.heads + 1)
@@ -249,7 +251,8 @@ def masked(args, run):
     """What a pre-trained model makes of what is hidden: of the patches of an image (stage image,
     MoMo), and of each word of a text, without the image and with it."""
     start = checkpoint.read(args.checkpoint)
-    model, words, config = load(args, run)
+    model, words, config = checkpoint.model_of(start)
+    model.to(run.device)
     known, rows, ids, mask = inside.fills_in(start), [], None, None
     if not known:
         raise UserError(f"{args.checkpoint} (stage {start.stage}) has not learned to fill in what is hidden")
@@ -298,29 +301,29 @@ COMMANDS = {  # the function, and the checkpoint that its built-in world usually
 def add_flags(command, parser):
     """Adds the flags of a command."""
     flag, number = parser.add_argument, at_least(1)
-    sorted_again = "sort the best K again, with the matching head"
-    by_default = "from 1 (default: the vision-language layers; MoMo: all)"
+    one_of = parser.add_mutually_exclusive_group().add_argument
     if command in ("search", "embed"):
         flag("--images", metavar="DIR", help="a folder; if it has captions, its split test")
         flag("--texts", metavar="FILE", help="a text per line")
     if command == "search":
-        flag("--image", metavar="FILE", help="look for pictures like it, or for texts that fit it")
-        flag("--text", nargs="+", metavar="TEXT", help="look for pictures that fit it")
+        what = parser.add_mutually_exclusive_group().add_argument
+        what("--image", metavar="FILE", help="look for pictures like it, or for texts that fit it")
+        what("--text", nargs="+", metavar="TEXT", help="look for pictures that fit it")
         flag("--best", type=number, default=5, metavar="K", help="how many to show")
-        flag("--rerank", type=at_least(0), default=0, metavar="K", help=sorted_again)
+        flag("--rerank", type=at_least(0), default=0, metavar="K", help="sort the best K again by ITM")
     if command in ("match", "attend", "masked"):
-        flag("--image", metavar="FILE")
+        one_of("--image", metavar="FILE")
         flag("--text", nargs="+" if command == "match" else 1, metavar="TEXT")
     if command == "ask":
-        flag("--image", nargs=1, dest="images", metavar="FILE")
+        one_of("--image", nargs=1, dest="images", metavar="FILE")
         flag("--question", dest="text", metavar="TEXT")
     if command == "compare":
-        flag("--images", nargs=2, metavar=("LEFT", "RIGHT"))
+        one_of("--images", nargs=2, metavar=("LEFT", "RIGHT"))
         flag("--statement", dest="text", metavar="TEXT")
     if command in ("match", "ask", "compare", "attend", "masked"):
-        flag("--scene", type=at_least(0), default=0, metavar="I", help="of the built-in world")
+        one_of("--scene", type=at_least(0), default=0, metavar="I", help="of the built-in world")
     if command == "attend":
-        flag("--layers", nargs="+", type=number, metavar="L", help=by_default)
+        flag("--layers", nargs="+", type=number, metavar="L", help="from 1 (default: the fusing ones)")
         flag("--heads", nargs="+", type=number, metavar="H", help="from 1 (default: all)")
         flag("--relevance", action="store_true", help="for predicting the word, through all layers")
     if command == "curve":

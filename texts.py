@@ -150,7 +150,9 @@ class Words:
         return ids[:, :T], mask[:, :T]
 
     def refuse_unfit(self, texts):
-        """UserError for a text that is empty, or too long to be read whole."""
+        """UserError for no texts, and for one that is empty or too long to be read whole."""
+        if not texts:
+            raise UserError("name a text, too: --text, --question or --statement")
         for text in texts:
             count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
             if not 0 < count <= self.length - 2:

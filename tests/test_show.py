@@ -159,9 +159,10 @@ search --checkpoint vl --image own/0.png --texts empty.txt | search --checkpoint
 match --checkpoint vl --image own/0.png | match --checkpoint vl --image absent.png --text a
 match --checkpoint text | ask --checkpoint vl | ask --checkpoint vqa --image own/0.png
 compare --checkpoint vqa | compare --checkpoint nlvr2 --images own/0.png --statement a
-attend --checkpoint vl --layers 3 | attend --checkpoint momo-vl --relevance | attend --checkpoint image
+attend --checkpoint vl --layers 3 | attend --checkpoint vl --relevance --heads 1 | attend --checkpoint momo-vl --relevance | attend --checkpoint image
 masked --checkpoint momo-vl --image own/0.png | curve absent | curve texts.txt | curve own | masked --layers 1
-search --checkpoint vl --out absent/a.png | curve runs/vl --only nothing | nothing
+search --checkpoint vl --image own/0.png --text red | search --checkpoint vl --images own --texts texts.txt
+match --checkpoint vl --image own/0.png --text red --scene 1 | search --checkpoint vl --out absent/a.png | curve runs/vl --only nothing | nothing
 """
 
 
