@@ -46,6 +46,18 @@ def attention_of(model):
             handle.remove()
 
 
+def mask_each_word(words, text):
+    """text (T,) → the positions of each word's pieces; the text once for each of its B words, which
+    is masked: ids (B, T), and labels (B, T), −100 elsewhere."""
+    places = words.words(text)
+    masked = text.repeat(len(places), 1)
+    labels = torch.full_like(masked, IGNORE)
+    for row, positions in enumerate(places):
+        labels[row, positions] = text[positions]
+        masked[row, positions] = words.mask
+    return places, masked, labels
+
+
 @torch.no_grad()
 def attention_maps(model, text, mask, image, layers, heads):
     """What each token reads of each patch, a mean over layers and heads (numbers from 0): (B, T, N).
@@ -65,10 +77,7 @@ def relevance_maps(model, words, text, mask, image):
     row takes from which; R follows that through all layers (Chefer et al., "Generic Attention-model
     Explainability", which MoMo's Figure 4 uses).
     """
-    places = words.words(text)  # of the pieces of each word
-    masked = text.repeat(len(places), 1)  # (B, T): each word masked once
-    for row, positions in zip(masked, places):
-        row[positions] = words.mask
+    places, masked, _ = mask_each_word(words, text)
     with torch.enable_grad(), attention_of(model) as caught:
         states = model.encode_pair(masked, mask.expand_as(masked), image.expand(len(masked), -1, -1, -1))
         logits = [model.mlm_head(states[k, positions]) for k, positions in enumerate(places)]  # (pieces, V)
@@ -169,9 +178,9 @@ def reconstructed(start, model, image, hidden, text=None, mask=None):
             batch |= {"masked": text, "labels": torch.full_like(text, IGNORE), "mask": mask}
         decoder = decoders["image" if "image" in decoders else "pair"]
         values, _ = momo.reconstruct(model, decoder, batch)  # (M, P)
-        if start.args["normalise_pixels"]:
-            true = patches_of(image.float() / 127.5 - 1, hidden.shape[1])[hidden]
-            values = values * true.std(1, keepdim=True) + true.mean(1, keepdim=True)
+        if start.args["normalise_pixels"]:  # the mean and the variance of a patch are not predicted
+            true = momo.patch_values(image, hidden, normalised=False)
+            values = values * (true.var(1, keepdim=True) + 1e-6).sqrt() + true.mean(1, keepdim=True)
     return with_patches(image, hidden, values)
 
 
@@ -193,12 +202,7 @@ def with_patches(image, hidden, values):
 def guesses(start, model, words, text, mask, image=None):
     """For each word of a text the likeliest word in its place when it is hidden, next to an image
     (1, 3, S, S) or without → [(word, guess, probability)]. text, mask (T,)."""
-    places = words.words(text)
-    masked = text.repeat(len(places), 1)  # (B, T): each word masked once
-    labels = torch.full_like(masked, IGNORE)
-    for row, positions in enumerate(places):
-        labels[row, positions] = text[positions]
-        masked[row, positions] = words.mask
+    places, masked, labels = mask_each_word(words, text)
     batch = {"masked": masked, "labels": labels, "mask": mask.expand_as(masked)}
     if image is not None:
         batch["image"] = image.expand(len(masked), -1, -1, -1)
@@ -224,7 +228,7 @@ def guess_table(start, model, words, text, mask, image=None):
 
 def masked_logits(start, model, batch):
     """→ logits (M, V) of the hidden tokens of a batch, with or without images."""
-    if start.head and start.stage.startswith("momo-"):
+    if start.stage.startswith("momo-"):
         decoders = momo.read_decoders(start, model.config).to(batch["masked"].device)
         if "image" in batch:
             N = (model.config.image_size // model.config.patch_size) ** 2

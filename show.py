@@ -148,9 +148,9 @@ def match(args, run):
     (ids, mask), pixels = encode(words, texts, run), view(image, config, run)
     cosines = model.embed_text(ids, mask) @ model.embed_image(pixels)[0]  # (C,)
     probabilities = model.match(ids, mask, pixels.expand(len(ids), -1, -1, -1)).softmax(1)[:, 1]
-    found = [f"ITC {c:6.3f}   ITM {p:6.1%}   {text}" for c, p, text in zip(cosines, probabilities, texts)]
-    found = "\n".join([*found, "ITC: cosine, ranks many. ITM: probability of a match, judges one pair."])
-    print(found)
+    rows = [f"ITC {c:6.3f}   ITM {p:6.1%}   {text}" for c, p, text in zip(cosines, probabilities, texts)]
+    rows.append("ITC: cosine, ranks many. ITM: probability of a match, judges one pair.")
+    print(found := "\n".join(rows))
     save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written(found)])]), args)
 
 
@@ -187,9 +187,8 @@ def ask(args, run):
     Task.check(start, args)
     task = Task(args, start.config, start, run).to(run.device).eval()
     config = task.model.config
-    if args.images:
-        asked = [([read_image(path) for path in args.images], args.text)]
-    else:
+    asked = [([read_image(path) for path in args.images or []], args.text)]
+    if not args.images:
         world = task_file.read(["shapes"], "test", config.image_size)
         numbers = range(shapes.TIMES * args.scene, shapes.TIMES * (args.scene + 1))
         asked = [(world.image(i), args.text or world[i].text) for i in numbers]
@@ -306,9 +305,8 @@ def add_flags(command, parser):
         flag("--images", metavar="DIR", help="a folder; if it has captions, its split test")
         flag("--texts", metavar="FILE", help="a text per line")
     if command == "search":
-        what = parser.add_mutually_exclusive_group().add_argument
-        what("--image", metavar="FILE", help="look for pictures like it, or for texts that fit it")
-        what("--text", nargs="+", metavar="TEXT", help="look for pictures that fit it")
+        one_of("--image", metavar="FILE", help="look for pictures like it, or for texts that fit it")
+        one_of("--text", nargs="+", metavar="TEXT", help="look for pictures that fit it")
         flag("--best", type=number, default=5, metavar="K", help="how many to show")
         flag("--rerank", type=at_least(0), default=0, metavar="K", help="sort the best K again by ITM")
     if command in ("match", "attend", "masked"):
@@ -339,8 +337,8 @@ def main():
         if usual:
             one.add_argument("--checkpoint", default=usual, metavar="FILE", help="the model")
         add_flags(command, one)
-        ending = "npz" if command == "embed" else "png"
-        one.add_argument("--out", default=f"{command}.{ending}", metavar="FILE", help="what to write")
+        out = "embed.npz" if command == "embed" else f"{command}.png"
+        one.add_argument("--out", default=out, metavar="FILE", help="what to write")
         one.set_defaults(function=function, stage={"ask": "vqa", "compare": "nlvr2"}.get(command))
         one.set_defaults(training=False, splits=[], data=["shapes"], vocab=None, seed=0, head_factor=1.0)
     args = parser.parse_args()

@@ -1,12 +1,14 @@
 """Attention and relevance of words, the pointing game, and what is filled in."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import inside
+import momo
 import shapes
 from mome import Config, VLMo
 from texts import Words, train_tokenizer
@@ -119,10 +121,22 @@ def test_hidden_patches_get_other_values_and_the_rest_stays():
     assert torch.equal(inside.with_patches(image, hidden, values), image)
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_perfect_prediction_of_momo_is_the_image(normalised, monkeypatch):
+    """In the units of training, normalised per patch or not."""
+    image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    hidden = torch.arange(16)[None] % 4 > 0
+    values = momo.patch_values(image, hidden, normalised)
+    monkeypatch.setattr(momo, "reconstruct", lambda model, decoder, batch: (values, None))
+    monkeypatch.setattr(momo, "read_decoders", lambda start, config: torch.nn.ModuleDict({"image": torch.nn.Identity()}))
+    start = SimpleNamespace(extra={}, args={"normalise_pixels": normalised})
+    assert torch.equal(inside.reconstructed(start, model_of(), image, hidden), image)
+
+
 def test_guesses_are_the_likeliest_words_in_the_place_of_each(words):
     """Of a VLMo, next to an image and without."""
     model, (text, mask, image) = model_of(), pair(words)
-    start = type("Start", (), {"stage": "vl", "head": {}})
+    start = SimpleNamespace(stage="vl")
     text, mask = text[0], mask[0]
     with torch.no_grad():
         for seen in (None, image[:1]):
