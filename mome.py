@@ -36,10 +36,10 @@ class Config:
 
     def __post_init__(self):
         sizes = (self.dim, self.layers, self.heads, self.image_size, self.patch_size, self.vocab_size)
-        fit = all(1 <= size <= 10**6 for size in sizes)
+        known_sizes = all(1 <= size <= 10**6 for size in sizes)
         fits = self.position == "absolute" or self.max_text_len <= self.text_reach
         rules = {
-            "dim, layers, heads, image_size, patch_size and vocab_size must be in 1 … 10⁶": fit,
+            "dim, layers, heads, image_size, patch_size and vocab_size must be in 1 … 10⁶": known_sizes,
             "position must be absolute or relative": self.position in ("absolute", "relative"),
             "experts must be mome or shared": self.experts in ("mome", "shared"),
             "attention must be shared or separate": self.attention in ("shared", "separate"),

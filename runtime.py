@@ -214,6 +214,7 @@ class Signals:
         signal.alarm(30)
 
     def give_up(self, number, frame):
+        print("the step did not end in 30 s: --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
         os._exit(128 + self.caught)
 
     def asked(self):
