@@ -17,6 +17,7 @@ import momo
 import shapes
 from images import mask_blocks, to_tensor
 from mome import MIMHead
+from relative import scores_of
 from texts import IGNORE
 
 # ---- Where words look ----------------------------------------------------------------------------
@@ -29,12 +30,14 @@ def attention_of(model):
     caught = []
 
     def written_out(attention, inputs, output):
-        x, kind, T, bias, _ = inputs
+        x, kind, T, mask, positions, _ = inputs
         routers = attention.query, attention.key, attention.value
         q, k, v = (attention.split_heads(router(x, kind, T)) for router in routers)  # (B, H, S, D/H)
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, S, S)
-        if bias is not None:
-            scores = scores.masked_fill(~bias, -math.inf) if bias.dtype == torch.bool else scores + bias
+        if positions is not None:
+            scores = scores + scores_of(*positions)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
         caught.append(scores.softmax(-1))
         return attention.out((caught[-1] @ v).transpose(1, 2).flatten(2), kind, T)
 

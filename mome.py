@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from relative import RelativeAttention, pair_index, relative_index
+
 
 @dataclass(frozen=True)
 class Config:
@@ -101,18 +103,22 @@ class Attention(nn.Module):
         self.value = Router({name: nn.Linear(D, D) for name in names})
         self.out = Router({name: nn.Linear(D, D) for name in names})
 
-    def forward(self, x, kind, T, bias, rows):
+    def forward(self, x, kind, T, mask=None, positions=None, rows=None):
         """x (B, S, D) → (B, R, D): queries come from the first `rows` rows (None: all), keys and
         values from all.
 
-        bias: None, a mask of keys (B, 1, 1, S), True = may be read, or scores to add (B or 1, H, S,
-        S).
+        mask: None, or a mask of keys (B, 1, 1, S), True = may be read. positions: None, or relative
+        ones, a table (H, P) and an index (S, S) into it.
         """
+        x = in_precision(x)
         q = self.split_heads(self.query(x[:, :rows], kind, T))  # (B, H, R, D/H)
         k = self.split_heads(self.key(x, kind, T))  # (B, H, S, D/H)
         v = self.split_heads(self.value(x, kind, T))
-        bias = bias if bias is None else bias[:, :, :rows]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, R, D/H)
+        if positions is None:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R, D/H)
+        else:
+            table, index = positions
+            y = RelativeAttention.apply(q, k, v, table, index[:rows], mask)
         return self.out(y.transpose(1, 2).flatten(2), kind, T)
 
     def split_heads(self, y):
@@ -189,10 +195,11 @@ class Block(nn.Module):
         self.experts = Router({name: Expert(config) for name in (names if config.experts == "mome" else ("shared",))})
         self.attention_branch, self.expert_branch = Branch(config, drop), Branch(config, drop)
 
-    def forward(self, x, kind, T, bias, rows=None):
+    def forward(self, x, kind, T, mask=None, positions=None, rows=None):
         """x (B, S, D) → (B, R, D): the first `rows` rows (None: all), each of which attended to all
         S."""
-        x = x[:, :rows] + self.attention_branch(self.attention(self.norm(x), kind, T, bias, rows))  # Eq. (1)
+        y = self.attention(self.norm(x), kind, T, mask, positions, rows)
+        x = x[:, :rows] + self.attention_branch(y)  # Eq. (1)
         x = x + self.expert_branch(self.experts(x, kind, T))  # Eq. (2); each expert has its own LN
         return x
 
@@ -276,46 +283,19 @@ class MoME(nn.Module):
         """Embedded rows x (B, S, D) of an input of `kind`, the first T of them text, mask (B, S)
         bool or None → (B, R, D) after the final norm."""
         mask = mask if mask is None else mask[:, None, None]  # (B, 1, 1, S)
-        biases = [mask] * len(self.blocks) if self.config.position == "absolute" else self._relative_bias(kind, T, mask)
-        for block, bias in zip(self.blocks, biases):
-            x = block(x, kind, T, bias, rows if block is self.blocks[-1] else None)
+        layers = [None] * len(self.blocks) if self.config.position == "absolute" else self.positions(kind, T)
+        for block, positions in zip(self.blocks, layers):
+            x = block(x, kind, T, mask, positions, rows if block is self.blocks[-1] else None)
         return self.norm(x)
 
-    def _relative_bias(self, kind, T, mask):
-        """Yields each layer's bias: the table's scores (1, H, S, S), or with −inf on masked keys
-        (B, H, S, S)."""
+    def positions(self, kind, T):
+        """Relative positions of each layer: its table (H, P), and where each (query, key) stands in it,
+        (S, S)."""
         index = self.image_index if kind == "image" else self.text_index[:T, :T]
         if kind == "pair":
-            across = self.image_index.max() + 1  # the row of (text, image); (image, text) is the next
-            upper = torch.cat([index, across.expand(T, len(self.image_index))], dim=1)
-            lower = torch.cat([(across + 1).expand(len(self.image_index), T), self.image_index], dim=1)
-            index = torch.cat([upper, lower])  # (T+1+N, T+1+N)
-        bias = self.relative_table[index].unflatten(-1, (len(self.blocks), -1))  # (S, S, L, H)
-        for layer in bias.permute(2, 3, 0, 1).contiguous().unsqueeze(1):  # (1, H, S, S), as fused kernels want it
-            yield layer if mask is None else layer.masked_fill(~mask, -math.inf)
-
-
-def relative_index(text_len, side, reach):
-    """Rows of the relative-position table for each (query, key): BEiT's 2D offsets, then VLMo's
-    text offsets.
-
-    Returns text (T, T), image (1+N, 1+N) and the number of rows. With I = (2·side−1)² + 3: rows
-    below I−3 are patch offsets; I−3, I−2, I−1 are [I_CLS] → patch, patch → [I_CLS], [I_CLS] →
-    [I_CLS]; I and I+1 text → image and image → text; I+reach+(key−query) words; the last three are
-    [T_CLS] → word, word → [T_CLS], [T_CLS] → [T_CLS].
-    """
-    grid = torch.cartesian_prod(torch.arange(side), torch.arange(side)).view(-1, 2)  # (N, 2): y, x
-    offset = grid[:, None] - grid[None] + side - 1  # (N, N, 2), query − key
-    I, N, T = (2 * side - 1) ** 2 + 3, side * side, text_len
-    image = torch.empty(1 + N, 1 + N, dtype=torch.int64)
-    image[1:, 1:] = offset[..., 0] * (2 * side - 1) + offset[..., 1]
-    image[0, :], image[:, 0], image[0, 0] = I - 3, I - 2, I - 1
-
-    size = I + 2 * reach + 2
-    position = torch.arange(T)
-    text = I + reach + position[None] - position[:, None]  # key − query
-    text[0, :], text[:, 0], text[0, 0] = size - 3, size - 2, size - 1
-    return text, image, size
+            index = pair_index(index, self.image_index)
+        tables = self.relative_table.T.contiguous().unflatten(0, (len(self.blocks), -1))  # (L, H, P)
+        return [(table, index) for table in tables]
 
 
 def embedding(config, *shape):
@@ -398,6 +378,13 @@ def classifier(config, inputs, classes):
     hidden = 2 * config.dim
     head = nn.Sequential(nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, classes))
     return initialise(head, config)
+
+
+def in_precision(x):
+    """x in the precision of autocast where that is on, so that all products that read x share one
+    copy."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def unit(x):

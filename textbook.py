@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import losses
 from mome import Router, unit
+from relative import scores_of
 from stage import Stage
 from texts import IGNORE
 
@@ -72,7 +73,7 @@ class Textbook(Stage):
         keys[:, :T] = mask
         bias = [0.0] * len(self.model.blocks)
         if self.model.config.position == "relative":
-            bias = self.model._relative_bias(kind, T, None)
+            bias = [scores_of(*positions) for positions in self.model.positions(kind, T)]  # (H, S, S) each
         for block, layer_bias in zip(self.model.blocks, bias):
             y = attention(block.attention, block.norm(x), kind, T, keys, layer_bias)
             x = x + block.attention_branch(y)

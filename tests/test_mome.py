@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mome import CONFIGS, Branch, Config, GELULinear, MoME, VLMo
+from relative import scores_of
 
 SMALL = Config(
     dim=24, layers=3, heads=3, vl_layers=1, image_size=16, patch_size=4, vocab_size=50, max_text_len=12
@@ -124,7 +125,7 @@ def test_the_trunk_is_equations_1_and_2_for_all_rows_and_for_the_leading_ones(sw
     for kind, encode, x, keys, kinds in cases:
         biases = [0.0] * 3
         if model.config.position == "relative":
-            biases = model._relative_bias(kind, kinds.count("language"), None)
+            biases = [scores_of(*positions) for positions in model.positions(kind, kinds.count("language"))]
         for layer, (block, bias) in enumerate(zip(model.blocks, biases)):
             x = plain_block(block, x, *plain_routes(model.config, layer, kinds), keys, bias)
         for rows in (None, 1, 9):

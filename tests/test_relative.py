@@ -1,0 +1,73 @@
+"""Attention with relative positions: equal to what is written out, and keeping nothing of S × S."""
+
+import math
+
+import pytest
+import torch
+
+import relative
+from mome import Config, VLMo
+from relative import RelativeAttention, relative_index, scores_of
+
+
+def written_out(q, k, v, table, index, mask):
+    scores = q @ k.mT / math.sqrt(q.shape[-1]) + table[:, index]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def inputs(B=5, H=3, R=4, S=7, d=6, dtype=torch.float64):
+    """Heads of transposed rows, as the model has them, a table of 9 rows, and 1 to 5 keys a sample."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, n, H, d, dtype=dtype).transpose(1, 2) for n in (R, S, S))
+    mask = torch.arange(S) < torch.arange(1, B + 1)[:, None, None, None]
+    return q, k, v, torch.randn(H, 9, dtype=dtype), torch.randint(0, 9, (R, S)), mask
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("at_a_time", [1, 2, 5])
+def test_it_is_attention_as_written_out(monkeypatch, masked, at_a_time):
+    monkeypatch.setattr(relative, "parts", lambda q, k: [slice(i, i + at_a_time) for i in range(0, 5, at_a_time)])
+    q, k, v, table, index, mask = inputs()
+    leaves, mask = [x.requires_grad_() for x in (q, k, v, table)], mask if masked else None
+    plain = written_out(*leaves, index, mask)
+    weight = torch.randn_like(plain)
+    expected = torch.autograd.grad((plain * weight).sum(), leaves)
+    ours = RelativeAttention.apply(*leaves, index, mask)
+    found = torch.autograd.grad((ours * weight).sum(), leaves)
+    for a, b in zip((ours, *found), (plain, *expected)):
+        assert (a - b).abs().max() < 1e-9
+
+
+def test_the_batch_is_taken_in_parts_that_cover_it():
+    q, k = torch.empty(7, 12, 237, 1), torch.empty(7, 12, 237, 1)
+    assert relative.parts(q, k) == [slice(i, i + 1) for i in range(7)]
+    few = relative.parts(q[:, :, :1], k)  # one query a sample
+    assert len(few) == 1 and len(q[few[0]]) == 7
+
+
+def test_nothing_of_s_by_s_is_kept_for_the_backward_pass():
+    q, k, v, table, index, mask = inputs(R=7)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        RelativeAttention.apply(q.requires_grad_(), k, v, table, index, mask)
+    floats = [tuple(x.shape) for x in kept if x.is_floating_point()]
+    assert floats == [(5, 3, 7, 6)] * 3 + [(3, 9)] + [(5, 3, 7, 6)]  # q, k, v, table, y
+
+
+def test_each_layer_has_columns_of_the_table_of_its_own():
+    model = VLMo(Config(
+        dim=8, layers=2, heads=2, vl_layers=1, image_size=8, patch_size=4, vocab_size=9, max_text_len=4,
+        position="relative", text_reach=5,
+    ))  # fmt: skip
+    torch.nn.init.normal_(model.relative_table)
+    text, image, size = relative_index(4, 2, 5)
+    assert model.relative_table.shape == (size, 4)
+    for layer, positions in enumerate(model.positions("text", 3)):
+        scores = scores_of(*positions)  # (H, T, T)
+        for head in range(2):
+            assert torch.equal(scores[head], model.relative_table[:, 2 * layer + head][text[:3, :3]])
+    [(_, index), _] = model.positions("pair", 3)
+    assert index.shape == (8, 8) and torch.equal(index[:3, :3], text[:3, :3]) and torch.equal(index[3:, 3:], image)
+    assert set(index[:3, 3:].flatten().tolist()) == {12} and set(index[3:, :3].flatten().tolist()) == {13}  # I = 12
