@@ -25,6 +25,7 @@ import momo_stages
 import retrieval
 import runtime
 import train
+from loader import prepare, to_device
 from mome import CONFIGS, VLMo, classifier
 from runtime import at_least
 from stage import Stage
@@ -56,8 +57,8 @@ def hide(ratio, candidates):
     return place < (ratio * candidates.sum(1, keepdim=True)).round().clamp(min=1)
 
 
-def pairs(config, b, device, ratio=0.15, full=False):
-    """b pairs as the loaders give them, with this ratio of tokens and of patches hidden. full: with
+def pairs(config, b, ratio=0.15, full=False):
+    """b pairs as data.Pairs makes them, with this ratio of tokens and of patches hidden. full: with
     running text; else with captions, the b quantiles of a length of 6 to 40 tokens, 13 on average:
     of 4 captions the longest has 21, of 8 26, of 64 40."""
     torch.manual_seed(0)
@@ -78,7 +79,12 @@ def pairs(config, b, device, ratio=0.15, full=False):
         "hidden": hide(ratio, patches),
         "ids": torch.arange(2 * b).view(b, 2),
     }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return batch
+
+
+def ready(batch, device):
+    """A batch as the loader gives it."""
+    return to_device(prepare([batch])[0], device)
 
 
 class Side:
@@ -91,12 +97,13 @@ class Side:
         if kind == "MoMo":
             self.stage = momo_stage(name, config)
             config, ratio = self.stage.model.config, momo.RATIO
-            documents = pairs(config, b, run.device, ratio["text"], full=True)
-            self.batches = pairs(config, b, run.device, ratio["pair"]), documents
+            batches = pairs(config, b, ratio["pair"]), pairs(config, b, ratio["text"], full=True)
         else:
             stage = Textbook if kind == "textbook" else VL
             self.stage = bare(stage, VLMo(config), loss_weights=ALL, negatives="global")
-            self.batches = (pairs(config, b, run.device),)
+            batches = (pairs(config, b),)
+        prepared = to_device if kind == "textbook" else ready  # a textbook pads texts to full length
+        self.batches = [prepared(batch, run.device) for batch in batches]
         self.stage.to(run.device).train()
         train.freeze_unread(self.stage, self.batches, run)
         speed = SimpleNamespace(recompute="recomputed" in kind, compile="compiled" in kind)
@@ -216,7 +223,7 @@ def bench_retrieval(name, run, repeats):
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIGS[name], drop_path=0.0)
     model = VLMo(config).to(run.device).eval()
-    image, captions = pairs(config, 16, run.device)["image"], pairs(config, 80, "cpu")
+    image, captions = pairs(config, 16)["image"].to(run.device), pairs(config, 80)
     mixed = torch.randperm(80)
     textbook = bare(Textbook, model)
     inputs = image, captions["text"][mixed], captions["mask"][mixed], run
@@ -299,7 +306,7 @@ def stage_of(kind, config):
 
 def training_batch(kind, config, b, device):
     """b pairs with texts of full length."""
-    batch = pairs(config, b, device, full=True)
+    batch = ready(pairs(config, b, full=True), device)
     return batch | {"target": torch.rand(b, 3129, device=device)} if kind == "vqa" else batch
 
 

@@ -13,7 +13,8 @@ from torch import nn
 import checkpoint
 import losses
 import shapes
-from data import Examples, Loader
+from data import Examples
+from loader import Loader
 from mome import initialise, unit
 from runtime import UserError
 from sources import image_files, read_splits, task_folder, task_records
@@ -133,7 +134,7 @@ class Probe(Classify):
         """Standardises each feature over the first 4,096 pictures; in MAE a BatchNorm does it."""
         self.to(run.device).eval()
         sums = 0.0
-        for (batch,) in Loader(self.samples, args, run):
+        for [(batch,)] in Loader(self.samples, args, run):
             x = self.features(batch["image"]).double()  # (b, D)
             sums = sums + torch.stack([torch.ones_like(x), x, x.square()]).sum(1)  # (3, D)
             count, total, squares = losses.gather(sums[None]).sum(0)  # (D,) each

@@ -1,4 +1,4 @@
-"""What a sample is, the order of samples, and the loader. Images are in images.py, words in texts.py.
+"""What a sample is, and the order of samples. Images are in images.py, words in texts.py.
 
 A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; `source.image(i)`,
 an RGB image or a tuple of two; and `source.drawn`, True for the built-in world, whose images are
@@ -182,7 +182,7 @@ class Examples(Images):
         return sample
 
 
-# ---- The order of samples, and the loader --------------------------------------------------------
+# ---- The order of samples ------------------------------------------------------------------------
 
 
 class Order:
@@ -203,46 +203,6 @@ class Order:
             first = (k * self.world + self.rank) * self.batch
             epochs = [divmod(position, self.length) for position in range(first, first + self.batch)]
             yield [(epoch, int(self.shuffled(epoch)[place])) for epoch, place in epochs]
-
-
-class Loader:
-    """This process's batches without end: tuples of a batch from each data set, on the device.
-
-    Counts unreadable images. UserError if they are more than 1 % of what was read (and 10), or
-    IN_A_ROW in a row.
-    """
-
-    def __init__(self, samples, args, run, start=0):
-        """samples: a list of data sets. start: how many batches to leave out."""
-        self.device, self.read, self.unreadable = run.device, 0, 0
-        local, rest = divmod(args.batch_size, run.world * args.accumulate)
-        if rest:
-            parts = f"{run.world} processes × {args.accumulate} passes (--accumulate)"
-            raise UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
-        workers = loader_workers(run.device) if args.workers is None else args.workers
-        self.loaders = []
-        for data_set in samples:
-            if args.batch_size > len(data_set):
-                raise UserError(f"--batch-size {args.batch_size} is more than there are samples: {len(data_set)} at most")
-            order = Order(len(data_set), local, run.rank, run.world, args.seed, start)
-            loader = DataLoader(data_set, batch_sampler=order, num_workers=workers, pin_memory=run.device.type == "cuda")
-            self.loaders.append(iter(loader))
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return tuple(self.on_device(next(loader)) for loader in self.loaders)
-
-    def on_device(self, batch):
-        unreadable = batch.pop("unreadable")  # (b,)
-        self.read += len(unreadable)
-        self.unreadable += int(unreadable.sum())
-        if unreadable.max() >= IN_A_ROW:
-            raise UserError(f"{IN_A_ROW} images in a row could not be read: is their disk still there?")
-        if self.unreadable > max(10, self.read // 100):
-            raise UserError(f"{self.unreadable} of {self.read} images could not be read: repair them, or leave them out")
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
 
 # ---- What an evaluation reads --------------------------------------------------------------------

@@ -164,8 +164,8 @@ class DVAE(Stage):
         progress = self.step / self.steps
         pixels, reconstruction, logits = self.model(batch["image"], temperature(progress))
         out = dvae_losses(pixels, reconstruction, logits)
-        codes = torch.bincount(logits.detach().argmax(-1).flatten(), minlength=logits.shape[-1])  # (K,)
-        out["codes"] = (losses.gather(codes[None]).sum(0) > 0).sum().float()  # used in this batch
+        used = logits.new_zeros(1, logits.shape[-1]).index_fill(1, logits.argmax(-1).flatten(), 1)  # (1, K)
+        out["codes"] = losses.gather(used).amax(0).sum().float()  # used in this batch
         return out
 
     @torch.no_grad()

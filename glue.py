@@ -23,11 +23,11 @@ import losses
 import shapes
 import texts
 from data import Absent
+from loader import prepare, to_device
 from mome import initialise
 from runtime import UserError
 from sources import Records, read_splits, read_text, task_folder
 from stage import Task, task_flags
-from texts import cut
 
 # ---- Metrics: of predicted and right numbers, in percent -----------------------------------------
 
@@ -114,8 +114,7 @@ class GLUE(Task):
 
     def predict(self, batch):
         """→ logits (b, C); (b, 1) for a number."""
-        T = cut(batch["mask"])
-        states = self.model.encode_text(batch["text"][:, :T], batch["mask"][:, :T], rows=1)
+        states = self.model.encode_text(batch["text"], batch["mask"], rows=1)
         return self.head(states[:, 0])
 
     @torch.no_grad()
@@ -125,8 +124,9 @@ class GLUE(Task):
         out = []
         for numbers in data.shard(len(source), batch):
             pairs = [self.words.encode(*source[i].texts) for i in numbers]
-            ids, mask = (torch.stack(column).to(device) for column in zip(*pairs))
-            logits = self.predict({"text": ids, "mask": mask})
+            ids, mask = map(torch.stack, zip(*pairs))
+            [batch] = prepare([{"text": ids, "mask": mask}])
+            logits = self.predict(to_device(batch, device))
             out.append(logits.argmax(1) if self.labels else logits[:, 0].float())
         return losses.gather(torch.cat(out))[: len(source)].tolist()
 

@@ -52,12 +52,24 @@ def gather(x):
 
 
 def global_mean(total, count):
-    """W · total / (count over all processes, at least 1): the mean of a loss with unequal counts,
-    as above."""
-    count = torch.as_tensor(count, dtype=total.dtype, device=total.device).clone()
+    """W · total / (count over all processes): the mean of a loss with unequal counts, as above; of
+    nothing 0. count: a number or a tensor; of a step in parts, the mean of theirs."""
+    if not isinstance(count, torch.Tensor):
+        count = total.new_full((), count)
+    count = count.to(total.dtype, copy=True)
     if world() > 1:
         dist.all_reduce(count)
-    return world() * total / count.clamp(min=1)
+    return world() * total / count.clamp(min=1e-6)
+
+
+def pad_alike(*texts):
+    """Tensors (b, T) → the same, padded with zeros to the longest T of all processes."""
+    T = texts[0].shape[1]
+    if world() > 1:
+        longest = torch.tensor(T, device=texts[0].device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        T = int(longest)  # the host waits: processes exchange sizes
+    return [F.pad(x, (0, T - x.shape[1])) for x in texts]
 
 
 def exchange(x, drawn):
@@ -73,13 +85,32 @@ def exchange(x, drawn):
     mine = owner == me  # (W, b): what I send, grouped by the process that asked
     send = x[asked[mine] - me * b]
     received = x.new_empty(x.shape)  # grouped by owner
-    to_receive = torch.bincount(owner[me], minlength=len(owner))  # (W,) rows from each process
+    process = torch.arange(len(owner), device=x.device)
+    to_receive = (owner[me] == process[:, None]).sum(1)  # (W,) rows from each process
     to_send = mine.sum(1)  # (W,) rows to each process
-    to_receive, to_send = torch.stack([to_receive, to_send]).tolist()
+    to_receive, to_send = torch.stack([to_receive, to_send]).tolist()  # the host waits
     dist.all_to_all_single(received, send, to_receive, to_send)
     rows = torch.empty_like(received)
     rows[owner[me].argsort(stable=True)] = received
     return rows
+
+
+# ---- A step in parts -----------------------------------------------------------------------------
+
+
+class Known(torch.autograd.Function):
+    """A loss that was computed before, with its gradients: Known.apply(loss, gradients, *inputs) is the
+    loss, and hands these gradients to the inputs. So each part of a step can take its share of a loss
+    of the whole step (GradCache)."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *inputs):
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, None, *(grad * gradient for gradient in ctx.gradients)
 
 
 # ---- Image-text contrast -------------------------------------------------------------------------
@@ -143,25 +174,28 @@ def draw_negatives(scores, candidate):
     return torch.multinomial(scores.softmax(1), 1).squeeze(1), found
 
 
-def itm_loss(logits, matched, found):
+def itm_loss(logits, matched, found, count=None):
     """Cross-entropy of matched or not, mean over the pairs that were found.
 
-    logits (n, 2), class 1 = matched; matched (n,) bool; found (n,) bool, False = weight zero.
+    logits (n, 2), class 1 = matched; matched (n,) bool; found (n,) bool, False = weight zero. count: how
+    many were found, as in global_mean; None: as many as here.
     """
     loss = F.cross_entropy(logits, matched.long(), reduction="none")  # (n,)
-    return global_mean((loss * found).sum(), found.sum())
+    return global_mean((loss * found).sum(), found.sum() if count is None else count)
 
 
 # ---- Masked language and image modeling ----------------------------------------------------------
 
 
-def masked_token_loss(logits, labels):
+def masked_token_loss(logits, labels, count=None):
     """MLM over words, MIM over visual tokens: cross-entropy, mean over masked tokens (Sections 3.3,
     3.4).
 
-    logits (M, V), labels (M,) int64; M may differ between processes and be 0.
+    logits (M, V), labels (M,) int64; M may differ between processes and be 0. count: M, as in
+    global_mean; None: as many as here.
     """
-    return global_mean(F.cross_entropy(logits, labels, reduction="sum"), len(labels))
+    total = F.cross_entropy(logits, labels, reduction="sum")
+    return global_mean(total, len(labels) if count is None else count)
 
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------

@@ -381,10 +381,10 @@ def classifier(config, inputs, classes):
 
 
 def in_precision(x):
-    """x in the precision of autocast where that is on, so that all products that read x share one
-    copy."""
+    """x in the precision of autocast, if that is on: products that read the same x share one copy."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    on = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)  # others may not cast at all
+    return x.to(torch.get_autocast_dtype(kind)) if on else x
 
 
 def unit(x):

@@ -20,7 +20,7 @@ from torch import nn
 import checkpoint
 import losses
 from mome import Block, embedding, initialise
-from texts import IGNORE, Words, cut
+from texts import IGNORE, Words
 
 RATIO = {"image": 0.75, "text": 0.15, "pair": 0.75}  # hidden: of patches, tokens, both (Section 3.2)
 # Layers, E and heads of the decoders
@@ -63,14 +63,13 @@ class HiddenWords(Words):
 # ---- The encoder and the decoders (Section 3.3) --------------------------------------------------
 
 
-def encode_visible(model, x, visible):
+def encode_visible(model, x, visible, fewest, K):
     """The encoder on visible rows only, as in MAE.
 
-    x (b, S, D): embedded rows, which know their positions; visible (b, S) bool. → rows (b, K, D)
-    after the final norm, their places (b, K), and which of them are real (b, K): K is the largest
-    number of visible rows of a sample.
+    x (b, S, D): embedded rows, which know their positions; visible (b, S) bool; fewest, K: the
+    smallest and the largest number of visible rows of a sample. → rows (b, K, D) after the final
+    norm, their places (b, K), and which of them are real (b, K).
     """
-    fewest, K = torch.stack(visible.sum(1).aminmax()).tolist()
     visible_first = visible.long().argsort(dim=1, descending=True, stable=True)
     place = visible_first[:, :K]  # (b, K), in the order of the sequence
     rows, real = x.gather(1, place[..., None].expand(-1, -1, x.shape[2])), visible.gather(1, place)
@@ -133,25 +132,28 @@ def reconstruct(model, decoder, batch):
     logits (M, V) of hidden tokens; None for what the batch does not have.
 
     batch: image (b, 3, S, S) with hidden (b, N) bool; masked, labels (b, T) with mask (b, T) bool,
-    True = real token.
+    True = real token; and what loader.prepare adds.
     """
-    x, visible, masks, T = [], [], [], 0
+    x, visible, masks, T, fewest, K = [], [], [], 0, 0, 0
     if "masked" in batch:
-        T = cut(batch["mask"])
-        labels, mask = batch["labels"][:, :T], batch["mask"][:, :T]
-        x, visible, masks = [model.embed_words(batch["masked"][:, :T])], [mask & (labels == IGNORE)], [mask]
+        labels, mask = batch["labels"], batch["mask"]
+        x, visible, masks = [model.embed_words(batch["masked"])], [mask & (labels == IGNORE)], [mask]
+        T, (fewest, K) = labels.shape[1], batch["visible"]
     if "hidden" in batch:
+        b, N = batch["hidden"].shape
+        seen = 1 + N - len(batch["hidden_at"]) // b  # of every image as many, and [I_CLS]
+        fewest, K = fewest + seen, K + seen
         x.append(model.embed_patches(batch["image"], 1))
         visible.append(F.pad(~batch["hidden"], (1, 0), value=True))  # [I_CLS] is always visible
         masks.append(torch.ones_like(visible[-1]))
-    rows = encode_visible(model, torch.cat(x, dim=1), torch.cat(visible, dim=1))
+    rows = encode_visible(model, torch.cat(x, dim=1), torch.cat(visible, dim=1), fewest, K)
     out = decoder(*rows, torch.cat(masks, dim=1) if T else None, T)  # (b, S, E)
 
     pixels = logits = None
     if "hidden" in batch:
-        pixels = decoder.pixels(out[:, T + 1 :][batch["hidden"]])  # (M, P)
+        pixels = decoder.pixels(out[:, T + 1 :].flatten(0, 1)[batch["hidden_at"]])  # (M, P)
     if "masked" in batch:
-        hidden_words = decoder.words(out[:, :T][labels != IGNORE])  # (M, D)
+        hidden_words = decoder.words(out[:, :T].flatten(0, 1)[batch["masked_at"]])  # (M, D)
         logits = F.linear(hidden_words, model.words.weight, decoder.word_bias)  # (M, V)
     return pixels, logits
 
@@ -159,26 +161,19 @@ def reconstruct(model, decoder, batch):
 # ---- The objectives (Section 3.1) ----------------------------------------------------------------
 
 
-def mim_loss(pixels, image, hidden, normalised=False):
-    """Eq. (1): the squared error of hidden patches, a mean over them and their values. pixels (M,
-    P); image (b, 3, S, S), hidden (b, N). normalised: targets with mean 0 and variance 1 per patch
-    (MAE)."""
+def mim_loss(pixels, wanted, count):
+    """Eq. (1): the squared error of hidden patches, a mean over them and their values. pixels, wanted
+    (M, P); count: M, as in losses.global_mean."""
     pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
-    error = (pixels - patch_values(image, hidden, normalised)).square().mean(1)  # (M,)
-    return losses.global_mean(error.sum(), len(error))
+    return losses.global_mean((pixels - wanted).square().mean(1).sum(), count)
 
 
-def patch_values(image, hidden, normalised):
-    """The targets of Eq. (1): image uint8, hidden (b, N) → (M, P), in −1 … 1 or normalised."""
-    size = image.shape[-1] // round(hidden.shape[1] ** 0.5)
-    values = F.unfold(image.float() / 127.5 - 1, size, stride=size).transpose(1, 2)[hidden]  # (M, P)
+def patch_values(image, at, size, normalised=False):
+    """The targets of Eq. (1): image (b, 3, S, S) uint8, at (M,): patches of size × size pixels, of all
+    the batch's → (M, P), in −1 … 1, or with mean 0 and variance 1 per patch (MAE)."""
+    values = F.unfold(image.float() / 127.5 - 1, size, stride=size).transpose(1, 2)  # (b, N, P)
+    values = values.flatten(0, 1)[at]  # (M, P)
     if normalised:
         mean, variance = values.mean(1, keepdim=True), values.var(1, keepdim=True)
         values = (values - mean) / (variance + 1e-6).sqrt()
     return values
-
-
-def mlm_loss(logits, labels):
-    """Eq. (2): cross-entropy, a mean over hidden tokens. logits (M, V); labels (b, T), −100 =
-    visible."""
-    return losses.masked_token_loss(logits, labels[labels != IGNORE])

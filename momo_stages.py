@@ -12,9 +12,11 @@ from torch import nn
 
 import checkpoint
 import data
+import losses
 import sources
 import texts
-from momo import DECODERS, RATIO, Decoder, HiddenWords, hide_patches, mim_loss, mlm_loss, patch_values, reconstruct
+from loader import prepare, to_device
+from momo import DECODERS, RATIO, Decoder, HiddenWords, hide_patches, mim_loss, patch_values, reconstruct
 from runtime import UserError
 from stage import FIELDS, Stage, config_flags, masked_words, over_processes, weight_flag
 from stages import VL
@@ -56,16 +58,20 @@ class MoMo:
     def mim(self, images):
         """Eq. (1)."""
         pixels, _ = reconstruct(self.model, self.decoder("image"), images)
-        return mim_loss(pixels, images["image"], images["hidden"], self.normalised)
+        return mim_loss(pixels, self.targets(images), images["hidden_count"])
+
+    def targets(self, batch):
+        """→ (M, P), of the hidden patches."""
+        size = self.model.config.patch_size
+        return patch_values(batch["image"], batch["hidden_at"], size, self.normalised)
 
     def mlm(self, batch):
         """Eq. (2)."""
-        return mlm_loss(self.predict(batch), batch["labels"])
+        return losses.masked_token_loss(self.predict(batch), masked_labels(batch), batch["masked_count"])
 
     def predict(self, batch):
         """→ logits (M, V) of the hidden tokens of a text."""
-        inputs = {name: batch[name] for name in ("masked", "labels", "mask")}
-        return reconstruct(self.model, self.decoder("text"), inputs)[1]
+        return reconstruct(self.model, self.decoder("text"), batch)[1]
 
 
 NOT_HERE = ("experts", "vl_layers", "attention", "position", "text_reach")
@@ -221,12 +227,16 @@ class MoMoVL(MoMo, VL):
         out = {}
         if self.trains(0):
             pixels, logits = reconstruct(self.model, self.decoder("pair"), pairs)
-            out["cmm mim"] = mim_loss(pixels, pairs["image"], pairs["hidden"], self.normalised)
-            out["cmm mlm"] = mlm_loss(logits, pairs["labels"])  # Eq. (3) is the sum of these two
+            # Eq. (3) is the sum of these two
+            out["cmm mim"] = mim_loss(pixels, self.targets(pairs), pairs["hidden_count"])
+            out["cmm mlm"] = losses.masked_token_loss(logits, masked_labels(pairs), pairs["masked_count"])
             out |= self.pair_losses(pairs, self.aligned)  # Eq. (4), and matching
         if texts and self.trains(1):
             out["mlm"] = self.mlm(texts)
         return out
+
+    def look_ahead(self, parts):
+        return self.compare_parts(parts, self.aligned) if self.trains(0) else parts
 
     def measure(self, split, device):
         return super().measure(split, device) | measure_texts(self, split, device)
@@ -281,6 +291,11 @@ def hidden_texts(args, words, run):
     return texts.packed(args.texts, hidden, args.seed, run)
 
 
+def masked_labels(batch):
+    """→ (M,), of the hidden tokens."""
+    return batch["labels"].flatten()[batch["masked_at"]]
+
+
 def image_samples(pictures, args, config):
     return data.Images(pictures["train"], config.image_size, args, hide=hiding("image", config))
 
@@ -301,12 +316,15 @@ def masked_pixels(stage, source, device):
     config, found = stage.model.config, torch.zeros(3, dtype=torch.float64, device=device)
     shares, mask = data.sample_batches(len(source)), hiding("image", config)
     for numbers, image in zip(shares, data.pictures(source, shares, config.image_size, device)):
-        hidden = torch.stack([mask(random.Random(f"mask {i}")) for i in numbers]).to(device)  # (n, N)
-        wanted = patch_values(image, hidden, stage.normalised)  # (M, P)
-        seen = patch_values(image, ~hidden, stage.normalised)
+        hidden = torch.stack([mask(random.Random(f"mask {i}")) for i in numbers])  # (n, N)
+        [batch] = prepare([{"hidden": hidden}])
+        batch = to_device(batch, device) | {"image": image}
+        wanted = stage.targets(batch)  # (M, P)
+        visible = (~batch["hidden"]).flatten().nonzero()[:, 0]
+        seen = patch_values(image, visible, config.patch_size, stage.normalised)
         mean = seen.unflatten(0, (len(image), -1)).mean(1)  # (n, P)
         guess = mean.repeat_interleave(len(wanted) // len(image), 0)  # (M, P)
-        pixels, _ = reconstruct(stage.model, stage.decoder("image"), {"image": image, "hidden": hidden})
+        pixels, _ = reconstruct(stage.model, stage.decoder("image"), batch)
         errors = [(one - wanted).float().square().mean(1).sum() for one in (pixels, guess)]
         found += torch.stack([*errors, errors[0].new_tensor(len(wanted))])
     error, guess, count = over_processes(found)

@@ -18,7 +18,6 @@ from mome import classifier
 from runtime import UserError
 from sources import fields, json_lines, malformed, read_splits, task_folder, task_records
 from stage import Task, task_flags
-from texts import cut
 
 
 class NLVR2(Task):
@@ -64,8 +63,7 @@ class NLVR2(Task):
 
     def predict(self, batch):
         """→ logits (b, 2), class 1 = true."""
-        T, pooled = cut(batch["mask"]), []
-        text, mask = batch["text"][:, :T], batch["mask"][:, :T]
+        text, mask, pooled = batch["text"], batch["mask"], []
         for image_type, image in enumerate(batch["image"].unbind(1), start=1):
             states = self.model.encode_pair(text, mask, image, image_type, rows=1)  # (b, 1, D)
             pooled.append(self.model.pool(states))  # (b, D)

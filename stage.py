@@ -17,9 +17,9 @@ import checkpoint
 import data
 import losses
 import runtime
+from loader import prepare, to_device
 from mome import Block, Config
 from runtime import UserError, at_least
-from texts import IGNORE
 
 
 class Stage(nn.Module):
@@ -35,8 +35,8 @@ class Stage(nn.Module):
         nothing, on this Runtime (runtime.py). Sets model, loss_weights, sources and samples; the
         rest has defaults, below.
     forward(*batches)
-        One batch of each data set in `samples` → {name: scalar}. At step 0 it has every name in
-        loss_weights, later those of this step. Other names are logged only.
+        One batch of each data set in `samples`, as loader.py has it → {name: scalar}. At step 0 it has
+        every name in loss_weights, later those of this step. Other names are logged only.
     measure(split, device)
         → {name: number} on split "val" or "test".
     """
@@ -46,7 +46,7 @@ class Stage(nn.Module):
     best = None  # of a task: the number that decides which step is kept as best.pt
     takes_turns = False  # whether some steps train only a part of the parameters
     head_factor = 1.0  # of the learning rate of the head
-    step = 0  # the step that is being computed; 0 before the first
+    step, run_seed = 0, 0  # the step that is being computed, 0 before the first; --seed
 
     def __init__(self):
         super().__init__()
@@ -79,6 +79,16 @@ class Stage(nn.Module):
     def draw(self, device):
         """Pictures of what has been learned, which the end of a run writes: {file name: RGB image}."""
         return {}
+
+    def look_ahead(self, parts):
+        """What forward must know of all parts of a step (--accumulate), if it is more than counts:
+        a list of their batches → the same, with additions."""
+        return parts
+
+    def seed(self, part=-1):
+        """Seeds the random choices of a part of this step on this process; −1: those that belong to
+        the whole step."""
+        runtime.seed_all(self.run_seed, self.step, losses.rank(), part)
 
     def blocks(self):
         """All Transformer blocks."""
@@ -255,8 +265,9 @@ def masked_words(predict, packed, training, device):
     found = torch.zeros(5, dtype=torch.float64, device=device)  # masked, right, loss; unigram: right, loss
     for numbers in data.sample_batches(len(packed)):
         samples = [packed[0, i] for i in numbers]
-        batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in samples[0]}
-        logits, labels = predict(batch).float(), batch["labels"][batch["labels"] != IGNORE]  # (M, V), (M,)
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        batch = to_device(prepare([batch])[0], device)
+        logits, labels = predict(batch).float(), batch["labels"].flatten()[batch["masked_at"]]  # (M, V), (M,)
         right, loss = (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
         plain_right, plain_loss = (labels == seen.argmax()).sum(), -unigram[labels].sum()
         found += torch.stack([right.new_tensor(len(labels)), right, loss, plain_right, plain_loss])

@@ -18,11 +18,11 @@ import losses
 import sources
 import texts
 from images import mask_blocks
+from loader import prepare, to_device
 from mome import MIMHead
 from retrieval import retrieval, retrieval_sheet
 from runtime import UserError, seed_all
 from stage import Stage, config_flags, masked_words, over_processes, percent, perplexity, weight_flag
-from texts import IGNORE, cut
 
 # ---- Stage image ---------------------------------------------------------------------------------
 
@@ -76,15 +76,17 @@ class Image(Stage):
         return mask_blocks(self.side, rng)
 
     def forward(self, batch):
-        """batch: image (b, 3, S, S), hidden (b, N) bool."""
-        logits, codes = self.predict(batch["image"], batch["hidden"])
-        return {"mim": losses.masked_token_loss(logits, codes[batch["hidden"]])}
+        """batch: image (b, 3, S, S), hidden (b, N) bool, and what loader.prepare adds."""
+        logits, codes = self.predict(batch)
+        labels = codes.flatten()[batch["hidden_at"]]  # (M,)
+        return {"mim": losses.masked_token_loss(logits, labels, batch["hidden_count"])}
 
-    def predict(self, image, hidden):
+    def predict(self, batch):
         """→ logits (M, K) of the hidden patches, codes (b, N) of all."""
+        image, embedding = batch["image"], self.head.mask_embedding
         codes = self.dvae.encode(image)
-        out = self.model.encode_image(image, masked=hidden, mask_embedding=self.head.mask_embedding)
-        return self.head(out[:, 1:][hidden]), codes
+        out = self.model.encode_image(image, masked=batch["hidden"], mask_embedding=embedding)
+        return self.head(out[:, 1:].flatten(0, 1)[batch["hidden_at"]]), codes
 
     @torch.no_grad()
     def measure(self, split, device):
@@ -99,8 +101,10 @@ class Image(Stage):
         views = data.pictures(source, shares, self.model.config.image_size, device)
         for numbers, image in zip(shares, views):
             hidden = torch.stack([self.hide(random.Random(f"mask {i}")) for i in numbers])
-            hidden = hidden.to(device)  # (n, N)
-            logits, codes = self.predict(image, hidden)
+            [batch] = prepare([{"hidden": hidden}])
+            batch = to_device(batch, device) | {"image": image}
+            logits, codes = self.predict(batch)
+            hidden = batch["hidden"]  # (n, N)
             labels, nearest = codes[hidden], nearest_visible(codes, hidden)[hidden]  # (M,)
             right = (logits.argmax(1) == labels).sum()
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")
@@ -166,14 +170,14 @@ class Text(Stage):
         self.samples = [self.sources["train"]]
 
     def forward(self, batch):
-        """batch: masked, labels (b, T) int64, mask (b, T) bool."""
-        labels = batch["labels"][batch["labels"] != IGNORE]  # (M,)
-        return {"mlm": losses.masked_token_loss(self.predict(batch), labels)}
+        """batch: masked, labels (b, T) int64, mask (b, T) bool, and what loader.prepare adds."""
+        labels = batch["labels"].flatten()[batch["masked_at"]]  # (M,)
+        return {"mlm": losses.masked_token_loss(self.predict(batch), labels, batch["masked_count"])}
 
     def predict(self, batch):
         """→ logits (M, V) of the masked tokens."""
         out = self.model.encode_text(batch["masked"], batch["mask"])  # (b, T, D)
-        return self.model.mlm_head(out[batch["labels"] != IGNORE])
+        return self.model.mlm_head(out.flatten(0, 1)[batch["masked_at"]])
 
     def measure(self, split, device):
         self.eval()
@@ -238,67 +242,119 @@ class VL(Stage):
 
     def note(self, args, run):
         """From how many samples a pair must be told apart."""
-        count = args.batch_size // args.accumulate
-        hard = count if self.negatives == "global" else count // run.world
-        contrast = f", {count} candidates for contrast" if "itc" in self.loss_weights else ""
+        hard = args.batch_size if self.negatives == "global" else args.batch_size // run.world
+        contrast = f", {args.batch_size} candidates for contrast" if "itc" in self.loss_weights else ""
         return contrast + (f", {hard} for hard negatives" if "itm" in self.loss_weights else "")
 
     def forward(self, batch):
         """batch: image (b, 3, S, S); text, masked, labels (b, T) int64; mask (b, T) bool; ids (b, 2)
-        int64, as data.Pairs makes them."""
+        int64, as data.Pairs makes them, and what loader.prepare adds."""
         return self.pair_losses(batch, self.loss_weights)
 
     def pair_losses(self, batch, wanted):
         """Those of the losses "itc", "itm", "mlm" that are wanted, and 1/σ."""
-        image, text, mask, labels = batch["image"], batch["text"], batch["mask"], batch["labels"]
-        b, out, pairs = len(image), {}, []
-        same = losses.same_pairs(batch["ids"])  # (b, B): the same picture or caption, no negatives
-        i2t = t2i = torch.zeros(same.shape, device=same.device)  # without ITC, all equally likely
+        image, text, mask = batch["image"], batch["text"], batch["mask"]
+        (b, T), out, pairs = text.shape, {}, []
 
-        # Image-text contrast: Eq. (3) and (4)
+        # Image-text contrast: Eq. (3) and (4), and hard negatives. Of a step in parts, look_ahead has
+        # compared all pairs
+        vectors = self.vectors(batch) if "itc" in wanted else None
+        found = batch["found"] if "found" in batch else self.compare(batch, vectors, wanted)
         if "itc" in wanted:
-            T = cut(mask)  # the longest text of this batch; images and negatives need no cut
-            image_vectors = self.model.embed_image(image)  # (b, D)
-            text_vectors = self.model.embed_text(text[:, :T], mask[:, :T])  # (b, D)
-            scale = self.model.scale()
-            i2t, t2i = losses.similarities(image_vectors, text_vectors, scale)  # (b, B) each
-            out["itc"] = losses.itc_loss(i2t, t2i, same)
-            out["scale"] = scale.detach()
+            out["itc"], out["scale"] = found["itc"], vectors[2].detach()
+        if "gradients" in found:
+            out["itc"] = losses.Known.apply(found["itc"], found["gradients"], *vectors)
 
         # Pairs for the fusion encoder: masked pairs for MLM; for ITM matched pairs, and each with a
-        # wrong image and a wrong text. These hard negatives are drawn among all processes' samples,
-        # and sent by their owners.
+        # wrong image and a wrong text
         if "mlm" in wanted:
             pairs += [(batch["masked"], mask, image)]
         if "itm" in wanted:
-            candidate = losses.candidates(same, self.negatives)  # (b, B) bool
-            drawn_image, image_found = losses.draw_negatives(t2i, candidate)  # (b,) each
-            drawn_text, text_found = losses.draw_negatives(i2t, candidate)
-            wrong_image = losses.exchange(image, drawn_image)
-            both = torch.stack([text, mask.long()], dim=1)  # (b, 2, T)
-            wrong_text, wrong_mask = losses.exchange(both, drawn_text).unbind(1)
-            pairs += [(text, mask, image), (text, mask, wrong_image)]
-            pairs += [(wrong_text, wrong_mask.bool(), image)]
+            pairs += [(text, mask, image), (text, mask, found["wrong image"])]
+            pairs += [(found["wrong text"], found["wrong mask"], image)]
         if not pairs:
             return out
 
-        # All of them in one pass
-        text, mask, image = (torch.cat(column) for column in zip(*pairs))  # b, 3b or 4b rows
-        T = cut(mask)
-        states = self.model.encode_pair(text[:, :T], mask[:, :T], image, rows=T)  # (·, T, D)
+        # All of them in one pass, with texts as long as the longest
+        longest = pairs[-1][0].shape[1]
+        text, mask, image = zip(*pairs)
+        text, mask = (torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in xs]) for xs in (text, mask))
+        states = self.model.encode_pair(text, mask, torch.cat(image), rows=longest)  # (b, 3b or 4b; longest, D)
 
         # Masked language modeling on the first b pairs, image-text matching on the last 3b
         if "mlm" in wanted:
-            labels = labels[:, :T]
-            at = labels != IGNORE  # (b, T) bool: the M masked tokens
-            logits = self.model.mlm_head(states[:b][at])  # (M, V)
-            out["mlm"] = losses.masked_token_loss(logits, labels[at])
+            at = batch["masked_at"]  # (M,)
+            logits = self.model.mlm_head(states[:b, :T].flatten(0, 1)[at])  # (M, V)
+            out["mlm"] = losses.masked_token_loss(logits, batch["labels"].flatten()[at], batch["masked_count"])
         if "itm" in wanted:
             logits = self.model.itm_head(self.model.pool(states[-3 * b :]))  # (3b, 2)
             matched = torch.arange(3 * b, device=logits.device) < b
-            found = torch.cat([torch.ones_like(image_found), image_found, text_found])
-            out["itm"] = losses.itm_loss(logits, matched, found)
+            exist = torch.cat([matched[:b], found["image exists"], found["text exists"]])
+            out["itm"] = losses.itm_loss(logits, matched, exist, found["pairs"])
         return out
+
+    def vectors(self, batch):
+        """→ image vectors, text vectors (b, D), and 1/σ."""
+        image = self.model.embed_image(batch["image"])
+        return image, self.model.embed_text(batch["text"], batch["mask"]), self.model.scale()
+
+    def compare(self, batch, vectors, wanted):
+        """Compares the pairs of all processes: the loss of Eq. (4), and for each pair a wrong image and
+        a wrong text, hard negatives that are drawn among all pairs, and sent by their owners.
+
+        vectors: as above, or None: all are equally similar.
+        """
+        found, same = {}, losses.same_pairs(batch["ids"])  # (b, B): the same picture or caption, no negatives
+        i2t = t2i = torch.zeros(same.shape, device=same.device)
+        if vectors:
+            i2t, t2i = losses.similarities(*vectors)  # (b, B) each
+            found["itc"] = losses.itc_loss(i2t, t2i, same)
+        if "itm" in wanted:
+            self.seed()
+            candidate = losses.candidates(same, self.negatives)  # (b, B) bool
+            drawn_image, found["image exists"] = losses.draw_negatives(t2i, candidate)  # (b,) each
+            drawn_text, found["text exists"] = losses.draw_negatives(i2t, candidate)
+            found["pairs"] = len(same) + found["image exists"].sum() + found["text exists"].sum()
+            found["wrong image"] = losses.exchange(batch["image"], drawn_image)
+            both = torch.stack(losses.pad_alike(batch["text"], batch["mask"].long()), dim=1)  # (b, 2, T)
+            found["wrong text"], wrong_mask = losses.exchange(both, drawn_text).unbind(1)
+            found["wrong mask"] = wrong_mask.bool()
+        return found
+
+    def look_ahead(self, parts):
+        return self.compare_parts(parts, self.loss_weights)
+
+    def compare_parts(self, parts, wanted):
+        """Compares the pairs of all parts of a step: contrast and negatives are those of one pass, in
+        the memory of a part. The vectors that this takes are computed without gradients; forward
+        computes them again with the same drop-path, and gives them the gradients found here."""
+        pairs, vectors = [batches[0] for batches in parts], None
+        whole = {name: torch.cat([batch[name] for batch in pairs]) for name in ("image", "text", "mask", "ids")}
+        if "itc" in wanted:
+            images, texts = [], []
+            for number, batch in enumerate(pairs):
+                self.seed(number)
+                with torch.no_grad():
+                    image, text, scale = self.vectors(batch)
+                images.append(image)
+                texts.append(text)
+            vectors = [x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scale)]
+        found, gradients = self.compare(whole, vectors, wanted), None
+        if "itc" in wanted:
+            gradients = torch.autograd.grad(found["itc"], vectors)
+
+        # Each part gets its rows. The loss of a step is the mean of its parts'
+        for number, (batch, *others) in enumerate(parts):
+            b = len(batch["ids"])
+            rows = slice(number * b, number * b + b)
+            ahead = {name: x[rows] if x.dim() else x.detach() for name, x in found.items()}
+            if gradients:
+                image, text, scale = gradients
+                ahead["gradients"] = [len(parts) * image[rows], len(parts) * text[rows], scale]
+            if "pairs" in ahead:
+                ahead["pairs"] = ahead["pairs"] / len(parts)
+            parts[number] = (batch | {"found": ahead}, *others)
+        return parts
 
     def measure(self, split, device):
         """Zero-shot retrieval."""

@@ -36,6 +36,7 @@ class Textbook(Stage):
             logits, at = self.model.mlm_head(states), labels != IGNORE  # (b, T, V), (b, T)
             out["mlm"] = losses.masked_token_loss(logits[at], labels[at])
         if "itm" in self.loss_weights:
+            self.seed()
             candidate = losses.candidates(same, self.negatives)
             drawn_image, image_found = losses.draw_negatives(t2i, candidate)
             drawn_text, text_found = losses.draw_negatives(i2t, candidate)

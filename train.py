@@ -23,6 +23,7 @@ import data
 import drawing
 import runtime
 from dvae import DVAE
+from loader import Loader
 from log import Log
 from mome import CONFIGS, Config
 from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
@@ -121,7 +122,7 @@ def run_flags(parser, tuned):
     group.add_argument(
         "--clip", type=at_least(0.0), default=0.0, metavar="NORM", help="of the gradient; 0: off"
     )
-    passes = "split a step into A passes; contrast and negatives see one of them"
+    passes = "compute a step in A parts, in the memory of one; contrast and negatives see the whole step"
     group.add_argument("--accumulate", type=at_least(1), default=1, metavar="A", help=passes)
     group = parser.add_argument_group("speed")
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
@@ -163,10 +164,11 @@ def train(stage, args, run, start=None):
     done, record = (start.step, start.record) if resumed else (0, -math.inf)
 
     # The first batch tells what is trained
+    stage.run_seed = args.seed
     stage.to(run.device).train()
-    loader = data.Loader(stage.samples, args, run, done * args.accumulate)
-    batches = next(loader)
-    freeze_unread(stage, batches, run)
+    loader = Loader(stage.samples, args, run, done)
+    parts = next(loader)
+    freeze_unread(stage, parts[0], run)
 
     # Optimizer, and where a resumed run left it
     optimizer = runtime.adamw(stage)
@@ -185,23 +187,26 @@ def train(stage, args, run, start=None):
     signals = runtime.Signals(run)
 
     for step in range(done + 1, args.steps + 1):
-        # Drop-path and negatives follow from (seed, step, process); the data have their own seeds
-        runtime.seed_all(args.seed, step, run.rank)
         lr = runtime.learning_rate(step, args.steps, args.warmup, args.lr, stage.decay)
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * lr
         stage.step = step
 
-        # Forward and backward; DDP sends gradients in the last part only
-        for part in range(args.accumulate):
+        # Forward and backward, part by part; DDP sends gradients in the last one only. Drop-path and
+        # negatives follow from (seed, step, process, part); the data have their own seeds
+        if args.accumulate > 1:
+            with run.autocast():
+                parts = stage.look_ahead(parts)
+        for part, batches in enumerate(parts):
             model.require_backward_grad_sync = part == args.accumulate - 1  # DDP's; else of no effect
+            stage.seed(part)
             with run.autocast():
                 values = model(*batches)
             loss = sum(w * values[name] for name, w in stage.loss_weights.items() if name in values)
             scaler.scale(loss / args.accumulate).backward()
             log.add(values)
-            if step < args.steps or part < args.accumulate - 1:
-                batches = next(loader)  # while the GPU is busy
+        if step < args.steps:
+            parts = next(loader)  # while the GPU is busy
 
         # Update; under fp16 the scaler skips a gradient that is not finite
         scaler.unscale_(optimizer)

@@ -21,7 +21,6 @@ from mome import classifier
 from runtime import UserError
 from sources import fields, json_lines, malformed, official_records, read_splits, task_folder, task_records
 from stage import Task, task_flags
-from texts import cut
 
 
 class VQA(Task):
@@ -68,9 +67,7 @@ class VQA(Task):
 
     def predict(self, batch):
         """→ logits (b, A)."""
-        T = cut(batch["mask"])
-        text, mask = batch["text"][:, :T], batch["mask"][:, :T]
-        states = self.model.encode_pair(text, mask, batch["image"], rows=1)  # (b, 1, D)
+        states = self.model.encode_pair(batch["text"], batch["mask"], batch["image"], rows=1)  # (b, 1, D)
         return self.head(self.model.pool(states))
 
     def say(self, logits):

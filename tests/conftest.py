@@ -22,6 +22,7 @@ multiprocessing.set_forkserver_preload(["torch._dynamo", "tokenizers", "PIL.Imag
 import shapes
 import texts
 import train
+from loader import prepare
 
 
 # ---- Scripts -------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def pictures(folder, count=6, split="train"):
 
 
 def batch_of(config, lengths, seed=0):
-    """Pairs as data.Pairs makes them, with one masked token each; the first two share an item."""
+    """Pairs as the loader gives them, with one masked token each; the first two share an item."""
     g = torch.Generator().manual_seed(seed)
     b, T, S = len(lengths), config.max_text_len, config.image_size
     mask = torch.arange(T) < torch.tensor(lengths)[:, None]
@@ -129,7 +130,7 @@ def batch_of(config, lengths, seed=0):
     ids = torch.stack([torch.tensor([0, *range(b - 1)]), torch.arange(b) + 100], dim=1)
     image = torch.randint(0, 256, (b, 3, S, S), generator=g, dtype=torch.uint8)
     batch = {"image": image, "text": text, "mask": mask, "masked": masked}
-    return batch | {"labels": labels, "ids": ids}
+    return prepare([batch | {"labels": labels, "ids": ids}])[0]
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -143,7 +144,8 @@ def _start(rank, world, port, group, function, arguments, folder):
     if group:
         dist.init_process_group("gloo")
     torch.save(function(*arguments), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session", autouse=True)

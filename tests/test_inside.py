@@ -126,7 +126,7 @@ def test_a_perfect_prediction_of_momo_is_the_image(normalised, monkeypatch):
     """In the units of training, normalised per patch or not."""
     image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     hidden = torch.arange(16)[None] % 4 > 0
-    values = momo.patch_values(image, hidden, normalised)
+    values = momo.patch_values(image, hidden.flatten().nonzero()[:, 0], 4, normalised)
     monkeypatch.setattr(momo, "reconstruct", lambda model, decoder, batch: (values, None))
     monkeypatch.setattr(momo, "read_decoders", lambda start, config: torch.nn.ModuleDict({"image": torch.nn.Identity()}))
     start = SimpleNamespace(extra={}, args={"normalise_pixels": normalised})

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import losses
 from bench import bare
+from loader import prepare
 from mome import Config, VLMo
 from stages import VL
 
@@ -130,7 +131,8 @@ def gradients():
                 parameter += 0.2 * torch.randn_like(parameter)
         if lonely:
             batch["ids"] = torch.tensor([[1, 1], [1, 2], [3, 1], [1, 4], [5, 1], [1, 6]])
-        values = stage({name: tensor[losses.rank() * b :][:b] for name, tensor in batch.items()})
+        [share] = prepare([{name: tensor[losses.rank() * b :][:b] for name, tensor in batch.items()}])
+        values = stage(share)
         for name in NAMES:
             of = torch.autograd.grad(
                 values[name], list(stage.parameters()), retain_graph=True,

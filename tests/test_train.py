@@ -54,7 +54,7 @@ def test_init_starts_from_a_checkpoint_and_an_earlier_run_is_moved_aside(
     start = ["--init", stages / "vl/last.pt", "--lr", 0, "--steps", 2, "--batch-size", 8]
     for seed in range(3):
         call(monkeypatch, train, *start, "--seed", seed, "--out", tmp_path / "out")
-        assert seeds[-2:] == [(seed, 1, 0), (seed, 2, 0)]  # of each step
+        assert seeds[-4:] == [(seed, step, 0, part) for step in (1, 2) for part in (0, -1)]
     before = checkpoint.read(stages / "vl/last.pt")
     for name in ("out", "out.1", "out.2"):
         after = checkpoint.read(tmp_path / name / "last.pt")

@@ -1,0 +1,111 @@
+"""The loader: the batches of each step, on the device, with all that the host must know of them.
+
+Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, M masked tokens or patches.
+"""
+
+import time
+
+import torch
+from torch.utils.data import DataLoader
+
+from data import IN_A_ROW, Order
+from runtime import UserError, loader_workers
+from texts import IGNORE, cut
+
+
+class Loader:
+    """This process's steps without end: lists of the step's parts (--accumulate), each with a batch
+    of every data set, on the device.
+
+    Counts unreadable images, and the seconds that the run waited. UserError if unreadable images are
+    more than 1 % of what was read (and 10), or IN_A_ROW in a row.
+    """
+
+    def __init__(self, samples, args, run, start=0):
+        """samples: a list of data sets. start: how many steps to leave out."""
+        self.device, self.parts = run.device, args.accumulate
+        self.read, self.unreadable, self.waited = 0, 0, 0.0
+        local, rest = divmod(args.batch_size, run.world * self.parts)
+        if rest:
+            parts = f"{run.world} processes × {self.parts} parts (--accumulate)"
+            raise UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
+        workers = loader_workers(run.device) if args.workers is None else args.workers
+        self.loaders = []
+        for data_set in samples:
+            if args.batch_size > len(data_set):
+                raise UserError(f"--batch-size {args.batch_size} is more than there are samples: {len(data_set)} at most")
+            order = Order(len(data_set), local, run.rank, run.world, args.seed, start * self.parts)
+            loader = DataLoader(data_set, batch_sampler=order, num_workers=workers, pin_memory=run.device.type == "cuda")
+            self.loaders.append(iter(loader))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        began, columns = time.perf_counter(), []
+        for loader in self.loaders:
+            batches = [next(loader) for _ in range(self.parts)]
+            for batch in batches:
+                self.count(batch.pop("unreadable"))
+            columns.append([to_device(batch, self.device) for batch in prepare(batches)])
+        self.waited += time.perf_counter() - began
+        return list(zip(*columns))
+
+    def count(self, unreadable):
+        """unreadable (b,): how many images in a row could not be read before each sample's."""
+        self.read += len(unreadable)
+        self.unreadable += int(unreadable.sum())
+        if unreadable.max() >= IN_A_ROW:
+            raise UserError(f"{IN_A_ROW} images in a row could not be read: is their disk still there?")
+        if self.unreadable > max(10, self.read // 100):
+            raise UserError(f"{self.unreadable} of {self.read} images could not be read: repair them, or leave them out")
+
+
+def prepare(parts):
+    """The batches of a step, from one data set, with what a stage must know of them as numbers. Asked
+    later, the device would make the host wait: for a length, or how many tokens are masked.
+
+    Texts are cut to one length T, and to these a batch with masked places gets
+
+    masked_at, hidden_at (M,) int64
+        where its labels (b, T) are not −100, and where hidden (b, N) is True, as flat indices.
+    masked_count, hidden_count
+        how many such places a part has on average, so that each part's share is of the step's mean.
+    visible (fewest, most)
+        how many tokens of a text can be seen.
+    """
+    parts = cut_texts(parts)
+    for name, marks in (("masked", "labels"), ("hidden", "hidden")):
+        if marks not in parts[0]:
+            continue
+        for part in parts:
+            marked = part[marks] if marks == "hidden" else part[marks] != IGNORE
+            part[f"{name}_at"] = marked.flatten().nonzero()[:, 0]
+        mean = sum(len(part[f"{name}_at"]) for part in parts) / len(parts)
+        for part in parts:
+            part[f"{name}_count"] = mean
+    if "labels" in parts[0]:
+        for part in parts:
+            seen = (part["mask"] & (part["labels"] == IGNORE)).sum(1)
+            part["visible"] = int(seen.min()), int(seen.max())
+    return parts
+
+
+def cut_texts(parts):
+    """All texts cut to the longest of the step."""
+    if "mask" not in parts[0]:
+        return [dict(part) for part in parts]
+    T = max(cut(part["mask"]) for part in parts)
+    texts = ("text", "mask", "masked", "labels")
+    return [{name: x[:, :T] if name in texts else x for name, x in part.items()} for part in parts]
+
+
+def to_device(batch, device):
+    """A batch's tensors on the device; its numbers stay as they are."""
+    moved, gpu = {}, torch.device(device).type == "cuda"
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            value = value.contiguous().pin_memory() if gpu else value
+            value = value.to(device, non_blocking=True)
+        moved[name] = value
+    return moved

@@ -1,0 +1,185 @@
+"""A step in parts has the losses and gradients of one pass, and the host never waits inside a step."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import losses
+import runtime
+from bench import bare
+from classify import Classify, Probe
+from glue import RTE
+from dvae import DVAE, DVAEConfig, Tokenizer
+from loader import prepare
+from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
+from nlvr2 import NLVR2
+from stages import VL, Image, Text
+from test_losses import batch_of_six, vl
+from test_momo import stage_of as momo_stage_of
+from test_stages import stage_of
+from vqa import VQA
+
+# ---- A step in parts -----------------------------------------------------------------------------
+
+
+def share(parts, names=("image", "text", "mask", "masked", "labels", "ids")):
+    """This process's share of six pairs, in parts that differ in length and in masked words."""
+    batch = batch_of_six()
+    chunks = [batch[name].chunk(losses.world() * parts) for name in names]
+    batches = [dict(zip(names, columns)) for columns in zip(*chunks)]
+    return [(batch,) for batch in prepare(batches[losses.rank() * parts :][:parts])]
+
+
+def gradients_of(stage, values, count):
+    """Adds the gradients of a part, as the loop does."""
+    (sum(values[name] for name in stage.loss_weights) / count).backward()
+    return {name: value.detach() / count for name, value in values.items()}
+
+
+def flat(stage):
+    """All gradients, a mean over processes as DDP has it."""
+    found = torch.cat([p.grad.flatten() for p in stage.parameters() if p.grad is not None])
+    return losses.gather(found[None]).mean(0)
+
+
+def in_parts(stage, parts):
+    """The step as the loop computes it: look ahead, then each part by itself."""
+    found = {}
+    for number, batches in enumerate(stage.look_ahead(parts)):
+        stage.seed(number)
+        for name, value in gradients_of(stage, stage(*batches), len(parts)).items():
+            found[name] = found.get(name, 0) + value
+    return found, flat(stage)
+
+
+def in_one_graph(stage, parts):
+    """The same step with the graphs of all parts held at once, and the same drop-path."""
+    states, vectors = [], []
+    for number, (batch,) in enumerate(parts):
+        stage.seed(number)
+        vectors.append(stage.vectors(batch))
+        states.append(torch.get_rng_state())
+    whole = {name: torch.cat([batch[name] for (batch,) in parts]) for name in ("image", "text", "mask", "ids")}
+    image, text, scale = zip(*vectors)
+    found = stage.compare(whole, (torch.cat(image), torch.cat(text), scale[0]), stage.loss_weights)
+    total = found["itc"]
+    for number, (batch,) in enumerate(parts):
+        b = len(batch["ids"])
+        rows = {name: x[number * b :][:b] if x.dim() else x for name, x in found.items()}
+        rows["pairs"] = rows["pairs"] / len(parts)
+        torch.set_rng_state(states[number])
+        stage.vectors = lambda batch, at=number: vectors[at]
+        values = stage(batch | {"found": rows})
+        total = total + (values["itm"] + values["mlm"]) / len(parts)
+    total.backward()
+    return total.detach(), flat(stage)
+
+
+def compare(count):
+    plain = vl().train()
+    one, expected = in_parts(plain, share(1))
+    stage = vl().train()
+    many, found = in_parts(stage, share(count))
+    for name in ("itc", "itm", "mlm", "scale"):
+        assert abs(one[name] - many[name]) < 1e-9
+    assert expected.norm() > 1e-3 and (expected - found).norm() < 1e-9
+
+    # With drop-path, the second pass over a part drops what the first one dropped
+    stage, other = vl(drop_path=0.5).train(), vl(drop_path=0.5).train()
+    total, expected = in_one_graph(other, share(count))
+    many, found = in_parts(stage, share(count))
+    assert abs(sum(many[name] for name in ("itc", "itm", "mlm")) - total) < 1e-9
+    assert (expected - found).norm() < 1e-9 and (found - flat(plain)).norm() > 1e-3
+
+
+def test_a_step_in_parts_is_the_step_in_one_pass():
+    compare(3)
+
+
+def test_a_step_in_parts_is_the_step_in_one_pass_on_two_processes(processes):
+    processes(2, compare, 3)
+
+
+@pytest.mark.parametrize("kind", [MoMoVL, MoMoAll])
+def test_momos_steps_in_parts_are_those_in_one_pass(kind):
+    answers = []
+    for count in (1, 2):
+        stage, batches = momo_stage_of(kind)
+        columns = []
+        for batch in batches:
+            raw = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor) and not name.endswith("_at")}
+            chunks = [[(name, chunk) for chunk in x.chunk(count)] for name, x in raw.items()]
+            columns.append(prepare([dict(fields) for fields in zip(*chunks)]))
+        answers.append(in_parts(stage, list(zip(*columns))))
+    (one, expected), (two, found) = answers
+    assert all(abs(one[name] - two[name]) < 1e-9 for name in stage.loss_weights)
+    assert (expected - found).norm() < 1e-9
+
+
+def test_what_the_host_knows_of_a_step():
+    mask = torch.arange(24) < torch.tensor([3, 9, 5, 4])[:, None]
+    labels = torch.full((4, 24), -100)
+    labels[0, 1], labels[1, 1], labels[1, 7], labels[3, 2] = 5, 6, 7, 8
+    whole = {"mask": mask, "text": mask.long(), "masked": mask.long(), "labels": labels, "ids": torch.eye(4)}
+    halves = [{name: x[rows] for name, x in whole.items()} for rows in (slice(0, 2), slice(2, 4))]
+    first, second = prepare(halves)
+    assert first["text"].shape == second["mask"].shape == (2, 16) and second["ids"].shape == (2, 4)  # 9, in eights
+    assert first["masked_at"].tolist() == [1, 17, 23] and second["masked_at"].tolist() == [18]
+    assert first["masked_count"] == second["masked_count"] == 2
+    assert first["visible"] == (2, 7) and second["visible"] == (3, 5)
+    hidden = torch.tensor([[True, False, True], [False, False, True]])
+    [found] = prepare([{"hidden": hidden}])
+    assert found["hidden_at"].tolist() == [0, 2, 5] and found["hidden_count"] == 3
+
+
+# ---- No waiting ----------------------------------------------------------------------------------
+
+
+def dvae_stage():
+    stage = bare(DVAE, Tokenizer(DVAEConfig(grid=2, codes=6, width=8)), steps=9)
+    stage.loss_weights = {"reconstruction": 1.0, "kl": 1.0}
+    return stage, {"image": torch.zeros(4, 3, 16, 16, dtype=torch.uint8)}
+
+
+RELATIVE = {"position": "relative", "layer_scale": 0.1}
+CASES = [(dvae_stage,)]
+CASES += [(momo_stage_of, kind) for kind in (MoMoImage, MoMoText, MoMoVL, MoMoAll)]
+for layout in ({}, RELATIVE):
+    changes = layout | {"drop_path": 0.2}
+    CASES.append((stage_of, VL, "itc itm mlm", changes))
+    CASES.append((stage_of, Image, "mim", changes))
+    CASES.append((stage_of, Text, "mlm", changes))
+    CASES += [(stage_of, kind, "loss", changes) for kind in (VQA, NLVR2, RTE, Classify, Probe)]
+
+
+def step_on(device, build, arguments, amp, count):
+    """Forward, backward, clipping and the optimizer's step on a device whose values nobody can read."""
+    stage, batches = build(*arguments)
+    stage, batches = stage.float().train(), batches if isinstance(batches, list) else [batches]
+    with device.mode():
+        device.move(stage)
+        optimizer = runtime.adamw(stage)
+        parts = stage.look_ahead([tuple(map(device.like, batches)) for _ in range(count)])
+        for part in parts:
+            with torch.autocast(device.DEVICE, torch.bfloat16, enabled=amp):
+                values = stage(*part)
+            sum(values[name] for name in stage.loss_weights).backward()
+        nn.utils.clip_grad_norm_(stage.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def all_steps_on_a_pretend_gpu(folder):
+    sys.path.append(folder)
+    import pretend_gpu
+
+    for build, *arguments in CASES:
+        step_on(pretend_gpu, build, arguments, amp=False, count=2)
+        step_on(pretend_gpu, build, arguments, amp=True, count=1)
+
+
+def test_the_host_never_waits_for_the_device(shared, processes):
+    """In a process of its own, because autograd learns of devices when it starts."""
+    processes(1, all_steps_on_a_pretend_gpu, str(shared / "reference"), group=False)
