@@ -1,7 +1,7 @@
 """What a sample is, and the order of samples. Images are in images.py, words in texts.py.
 
 A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; `source.image(i)`,
-an RGB image or a tuple of two; and `source.drawn`, True for the built-in world, whose images are
+an RGB image or a tuple of two, or `source.image(i, view)`, for a training view of that side; and `source.drawn`, True for the built-in world, whose images are
 augmented only if that is asked for, and never mirrored. Sources with text also have
 `source.corpus()`, texts to train a vocabulary on. Every random choice about a sample is a function
 of (seed, epoch, index), so the order of workers does not matter.
@@ -125,7 +125,7 @@ class Images(Dataset):
         for unreadable in range(IN_A_ROW):
             i = (wanted + unreadable) % len(self.source)
             try:
-                return i, self.source.image(i), unreadable
+                return i, self.source.image(i, self.image_size), unreadable
             except Unreadable as error:
                 if str(error) not in self.named:
                     tqdm.write(f"{error}; the next image replaces it", file=sys.stderr)

@@ -67,7 +67,7 @@ def sheet(rows):
 def heat(image, weights):
     """An image (S, S) with its patches' weights over it: the higher, the redder. weights (N,) ≥ 0."""
     side = math.isqrt(len(weights))
-    share = np.asarray(weights, dtype=np.float32).reshape(side, side) / max(weights)
+    share = np.asarray(weights, dtype=np.float32).reshape(side, side) / max(*weights, 1e-9)
     mask = Image.fromarray(np.uint8(255 * share)).resize(image.size, Image.Resampling.BICUBIC)
     pale = Image.blend(image, Image.new("RGB", image.size, PAPER), 0.5)
     return Image.composite(Image.new("RGB", image.size, (230, 0, 0)), pale, mask.point(lambda value: 0.8 * value))
@@ -83,7 +83,7 @@ def from_tensor(image):
 # ---- Charts --------------------------------------------------------------------------------------
 
 
-NOT_SHOWN = ("step", "split", "lr", "unreadable")
+NOT_SHOWN = ("step", "split", "lr", "unreadable", "waited_s")
 
 
 def curves(runs, only=None):

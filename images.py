@@ -28,9 +28,13 @@ MOST_PIXELS = 10**8  # of an image: 300 MB once it is decoded; the largest camer
 GRAY = (128, 128, 128)
 
 
-def read_image(path):
+def read_image(path, view=None):
     """RGB, turned as its EXIF data says; transparent parts become white, and values of more than 8
-    bit are scaled by their range, as viewers do. Unreadable, with the path, if it is no image."""
+    bit are scaled by their range, as viewers do. Unreadable, with the path, if it is no image.
+
+    view: None, or the side of the training view that is made of it: then a JPEG file is decoded at a
+    half, a quarter or an eighth of its size, if that is enough.
+    """
     try:
         if os.path.isdir(path):
             raise ValueError("it is a folder")
@@ -39,6 +43,9 @@ def read_image(path):
         with Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} × {image.height} pixels are too many")
+            if view:
+                enough = view * ENLARGED / smallest_crop(*image.size)
+                image.draft(None, (math.ceil(enough * image.width), math.ceil(enough * image.height)))
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
                 image = to_8_bit(image)
@@ -69,29 +76,46 @@ def read_images(paths, size):
     return torch.stack([to_tensor(resize(read_image(path), size)) for path in paths])
 
 
-def resize(image, size):
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+def resize(image, size, **how):
+    return image.resize((size, size), Image.Resampling.BICUBIC, **how)
 
 
 # ---- Augmentation in Pillow (Section 4.1) ----------------------------------------------------------
+
+
+AREA, ASPECT = 0.5, 4 / 3  # of a crop: the smallest part of the image, and the longest form
+GAP = 2.0  # a large image is averaged to twice the size of a view before it is resized exactly
+ENLARGED = 0.75  # of a view's pixels a side: what the smallest crop of an image decoded smaller still has
 
 
 def random_resized_crop(image, size, rng):
     """A crop of 50–100 % of the area and of 3:4 to 4:3, resized to a square."""
     width, height = image.size
     for _ in range(10):
-        target = rng.uniform(0.5, 1) * width * height
-        ratio = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
+        target = rng.uniform(AREA, 1) * width * height
+        ratio = math.exp(rng.uniform(-math.log(ASPECT), math.log(ASPECT)))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             x, y = rng.randint(0, width - w), rng.randint(0, height - h)
-            return image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
-    return resize(image, size)  # very long or tall images
+            return resize(image, size, box=(x, y, x + w, y + h), reducing_gap=GAP)
+    return resize(image, size, reducing_gap=GAP)  # very long or tall images
+
+
+def smallest_crop(width, height):
+    """The shortest side that a crop can have."""
+    return min(width, height, math.sqrt(AREA * width * height / ASPECT))
 
 
 def affine(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
-    matrix = (a, b, c, d, e, f)
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GRAY)
+    """The image at (a·x + b·y + c, d·x + e·y + f). A move by whole pixels needs no interpolation."""
+    moved = (a, b, d, e) == (1, 0, 0, 1) and c.is_integer() and f.is_integer()
+    filter = Image.Resampling.NEAREST if moved else Image.Resampling.BILINEAR
+    return image.transform(image.size, Image.Transform.AFFINE, (a, b, c, d, e, f), filter, fillcolor=GRAY)
+
+
+def moved_by(side, level):
+    """10 of 224 pixels at level 1."""
+    return round(10 / 224 * side * level, 6)  # whole where it is but for rounding
 
 
 OPERATIONS = {  # of RandAugment, as (image, level 0 … 1, sign ±1): those that leave colors their names
@@ -102,8 +126,8 @@ OPERATIONS = {  # of RandAugment, as (image, level 0 … 1, sign ±1): those tha
     "sharpness": lambda image, level, sign: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * level),
     "shear-x": lambda image, level, sign: affine(image, b=0.3 * level * sign),
     "shear-y": lambda image, level, sign: affine(image, d=0.3 * level * sign),
-    "translate-x": lambda image, level, sign: affine(image, c=10 / 224 * image.width * level * sign),
-    "translate-y": lambda image, level, sign: affine(image, f=10 / 224 * image.height * level * sign),
+    "translate-x": lambda image, level, sign: affine(image, c=moved_by(image.width, level) * sign),
+    "translate-y": lambda image, level, sign: affine(image, f=moved_by(image.height, level) * sign),
     "rotate": lambda image, level, sign: image.rotate(30 * level * sign, Image.Resampling.BILINEAR, fillcolor=GRAY),
 }
 

@@ -37,7 +37,7 @@ class Log:
         self.restart(done)
 
     def restart(self, step):
-        self.step, self.clock = step, time.perf_counter()
+        self.step, self.clock, self.waited = step, time.perf_counter(), self.loader.waited
         self.sums = collections.defaultdict(float)
         self.counts = collections.Counter()
         self.skipped = torch.zeros((), device=self.run.device)
@@ -63,7 +63,9 @@ class Log:
         means = [total / self.counts[name] for name, total in self.sums.items()]
         size = nn.utils.get_total_norm([p.detach() for p in self.stage.parameters() if p.requires_grad])
         others = [size.float(), self.skipped, means[0].new_tensor(self.loader.unreadable)]
-        *means, size, skipped, unreadable = self.run.mean(torch.stack([*means, *others]))  # the only wait for the device
+        others.append(means[0].new_tensor(self.loader.waited - self.waited))
+        # The only wait for the device
+        *means, size, skipped, unreadable, waited = self.run.mean(torch.stack([*means, *others]))
         values, steps = dict(zip(self.sums, means)), step - self.step
         if skipped:
             values["gradient norm"] *= steps / max(steps - skipped, 1)
@@ -76,6 +78,7 @@ class Log:
             raise UserError(f"fp16 has skipped the last {self.in_a_row} updates, because gradients overflow: use --amp bf16")
         counts = {"skipped": round(skipped)} if self.args.amp == "fp16" else {}
         rate = {f"{self.stage.unit}_per_s": steps * self.args.batch_size / (time.perf_counter() - self.clock)}
+        rate["waited_s"] = round(waited, 3)  # for data, on average over processes
         self.line(step=step, **values, lr=lr, **rate, **counts, unreadable=round(unreadable * self.run.world))
         shown = [*self.stage.loss_weights, "gradient norm"]
         self.bar.set_postfix({name: f"{values[name]:.2f}" for name in shown if name in values}, refresh=False)

@@ -105,7 +105,7 @@ class WorldStatements(shapes.World):
         text, _, label = self.statement(i)
         return Statement(None, text, f"{self.split}-{i // shapes.TIMES}-{i % shapes.TIMES}-0", label)
 
-    def image(self, i):
+    def image(self, i, view=None):
         return self.image_pair(i)
 
 

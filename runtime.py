@@ -237,8 +237,8 @@ def loader_workers(device):
     that compute."""
     if torch.device(device).type != "cuda":
         return 0
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8, cores - 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 
 
 def seed_all(*words):

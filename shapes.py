@@ -57,7 +57,7 @@ class World:
         captions = describe(self.scene(i))
         return Picture(f"{self.split} scene {i}", captions, captions[0])
 
-    def image(self, i):
+    def image(self, i, view=None):
         return draw_scene(self.scene(i), self.image_size, self.rng("drawing", i))
 
     def places(self, i):

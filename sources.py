@@ -37,9 +37,12 @@ class Records:
     def __getitem__(self, i):
         return self.kind(*json.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes()))
 
-    def image(self, i):
-        path = self[i].image
-        return read_image(path) if isinstance(path, str) else tuple(map(read_image, path))
+    def image(self, i, view=None):
+        """view: of images.read_image."""
+        paths = self[i].image
+        if isinstance(paths, str):
+            return read_image(paths, view)
+        return tuple(read_image(path, view) for path in paths)
 
     def without(self, names):
         """The source without the pictures of these file names. UserError if it has none of them, or

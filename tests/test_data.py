@@ -77,6 +77,30 @@ def test_crops_cover_half_to_all_of_the_picture():
     assert images.augment(Image.new("RGB", (1, 500)), 16, random.Random(0)).size == (16, 16)
 
 
+def test_training_decodes_large_jpeg_files_smaller_and_evaluation_does_not(tmp_path):
+    for size, view, decoded in (
+        ((640, 480), 224, (320, 240)),  # the smallest crop has 339 pixels a side, 0.76 of 224 at a half
+        ((640, 480), 384, (640, 480)),
+        ((2048, 1536), 224, (512, 384)),
+        ((600, 60), 32, (300, 30)),  # its own side limits it
+    ):
+        for ending, found in (("jpg", decoded), ("png", size)):
+            path = tmp_path / f"image.{ending}"
+            gradient_image().resize(size).save(path)
+            assert images.read_image(path, view).size == found and images.read_image(path).size == size
+    whole, small = images.read_image(path), images.read_image(tmp_path / "image.jpg", 32)
+    views = [images.random_resized_crop(image, 32, random.Random(3)) for image in (whole, small)]
+    assert np.abs(np.asarray(views[0], int) - np.asarray(views[1], int)).mean() < 3  # of the same place
+
+
+def test_a_move_by_whole_pixels_is_exact():
+    image = gradient_image(64, 64)
+    matrix = (1, 0, 7.0, 0, 1, -3.0)
+    slow = image.transform((64, 64), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=images.GRAY)
+    assert images.affine(image, c=7.0, f=-3.0).tobytes() == slow.tobytes()
+    assert images.moved_by(224, 0.7) == 7 and images.moved_by(48, 0.7) == 1.5
+
+
 def test_every_operation_does_what_its_name_says():
     image, moved = gradient_image(64, 64), {}
     for name, operation in images.OPERATIONS.items():
@@ -136,7 +160,7 @@ class Pictures(list):
     def caption_counts(self):
         return np.array([len(picture.captions) for picture in self])
 
-    def image(self, i):
+    def image(self, i, view=None):
         if i in self.broken:
             raise images.Unreadable(f"{i}.png cannot be read")
         return Image.new("RGB", (9, 9), (10 * i,) * 3)

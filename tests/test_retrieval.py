@@ -88,7 +88,7 @@ class Source(list):
 
     by_text = True
 
-    def image(self, i):
+    def image(self, i, view=None):
         return Image.new("RGB", (20, 30), (30 * i, 200 - 20 * i, 90))
 
 

@@ -66,7 +66,7 @@ def log_in(folder, done=0, amp="off"):
     """A Log of a run that takes 8 samples per step."""
     args = SimpleNamespace(steps=40, batch_size=8, amp=amp)
     stage = bare(Stage, nn.Module(), loss_weights={"itc": 1.0})
-    return log.Log(folder, args, runtime.Runtime(), stage, SimpleNamespace(unreadable=3), done)
+    return log.Log(folder, args, runtime.Runtime(), stage, SimpleNamespace(unreadable=3, waited=0.0), done)
 
 
 def test_lines_are_means_per_name_over_the_parts_that_have_it(tmp_path, monkeypatch):
@@ -86,8 +86,8 @@ def test_lines_are_means_per_name_over_the_parts_that_have_it(tmp_path, monkeypa
     first = {"step": 2, "itc": 3.0, "mim": 10.0, "gradient norm": 1.0, "lr": 0.25}
     second = {"step": 3, "itc": 7.0, "gradient norm": 2.0, "lr": 0.5}
     assert metrics(tmp_path) == [
-        first | {"pairs_per_s": 16.0, "unreadable": 3},
-        second | {"pairs_per_s": 8.0, "unreadable": 3},
+        first | {"pairs_per_s": 16.0, "waited_s": 0.0, "unreadable": 3},
+        second | {"pairs_per_s": 8.0, "waited_s": 0.0, "unreadable": 3},
     ]
 
 
@@ -98,7 +98,7 @@ def test_what_is_not_finite_ends_the_run_and_a_skipped_fp16_step_does_not(tmp_pa
         with pytest.raises(runtime.UserError):
             log.write(1, lr=0.1)
     log = log_in(tmp_path)
-    log.run.mean = lambda values: [torch.nan, 1.0, 0.0, 0.0]  # as when it is not finite on another process
+    log.run.mean = lambda values: [torch.nan, 1.0, 0.0, 0.0, 0.0]  # as when it is not finite on another process
     log.add({"itc": torch.tensor(1.0)})
     with pytest.raises(runtime.UserError):
         log.write(1, lr=0.1)

@@ -37,7 +37,7 @@ def test_a_run_leaves_a_checkpoint_metrics_and_its_configuration(stages):
     found, entries = checkpoint.read(stages / "vl/last.pt"), metrics(stages / "vl")
     assert (found.stage, found.step, found.config.dim, found.args["batch_size"]) == ("vl", 4, 32, 8)
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 4] and entries[4]["split"] == "test"
-    expected = {"itc", "itm", "mlm", "gradient norm", "lr", "scale", "pairs_per_s", "unreadable"}
+    expected = {"itc", "itm", "mlm", "gradient norm", "lr", "scale", "pairs_per_s", "waited_s", "unreadable"}
     assert entries[0].keys() == expected | {"step"}
     for stage, last in {"vl": [2 / 3, 1 / 3], "image": [3 / 4, 1 / 4]}.items():  # image: a cosine
         rates = [1e3 * entry["lr"] for entry in metrics(stages / stage)[:4]]
