@@ -60,6 +60,7 @@ def trainable(model):
 # and the draw of negatives)
 HARMLESS = {"out", "save_every", "log_every", "eval_every", "keep_previous", "workers", "compile", "recompute"}
 HARMLESS |= {"processes"}
+BESIDES_FLAGS = ("processes", "samples")  # settings that are no flags; samples: how many each data set has
 
 DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError)
 DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a file that is no checkpoint
@@ -68,8 +69,8 @@ DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a
 class Checkpoint:
     """A checkpoint in memory. UserError if the content is not one of this project and version.
 
-    stage: the stage or task that wrote it. step, args, processes: of its run. config: a Config, or
-    of stage dvae the fields of its own. tensors, head: of the model and of what later stages leave
+    stage: the stage or task that wrote it. step, args, besides: of its run. config: a Config, or of
+    stage dvae the fields of its own. tensors, head: of the model and of what later stages leave
     behind. tokenizer: or None. extra: what the stage keeps besides, such as the answers of VQA.
     resumed: whether the run goes on, or another one begins from it.
     """
@@ -80,7 +81,8 @@ class Checkpoint:
             self.stage, self.step, self.args = content["stage"], content["step"], content["args"]
             self.tensors, self.head, self.extra = content["model"], content["head"], content["extra"]
             self.config = content["config"] if self.stage == "dvae" else Config(**content["config"])
-            self.processes, self.record = content.get("processes"), content.get("record")
+            self.besides = {name: content[name] for name in BESIDES_FLAGS if name in content}
+            self.record = content.get("record")
             self.optimizer, self.scaler = content.get("optimizer"), content.get("scaler")
             pieces = content["tokenizer"]
             assert isinstance(self.step, int) and isinstance(pieces, str | None), "step or tokenizer"
@@ -116,12 +118,12 @@ class Checkpoint:
             group["factor"] = factor
         if args.steps < self.step:
             raise UserError(f"{self.path} is at step {self.step}, beyond --steps {args.steps}")
-        then = self.args | {"processes": self.processes}
-        now = settings(stage, args, run)["args"] | {"processes": run.world}
-        changed = {}
-        for name in now:
-            if name in then and now[name] != then[name] and name not in ("resume", "allow_changes"):
-                changed[name] = f"--{name.replace('_', '-')} {then[name]} → {now[name]}"
+        now = settings(stage, args, run)
+        now, changed = now["args"] | {name: now[name] for name in BESIDES_FLAGS}, {}
+        for name, before in (self.args | self.besides).items():
+            if name in now and now[name] != before and name not in ("resume", "allow_changes"):
+                flag = name if name in BESIDES_FLAGS else f"--{name.replace('_', '-')}"
+                changed[name] = f"{flag} {before} → {now[name]}"
         told = ", ".join(changed.values())
         if changed.keys() - HARMLESS and not args.allow_changes:
             raise UserError(f"{self.path} was trained with other settings ({told}): leave them away, or --allow-changes")
@@ -220,7 +222,9 @@ def settings(stage, args, run):
     config = dataclasses.asdict(stage.model.config)
     given = vars(args)
     actual = {name: value for name, value in config.items() if name in given}  # vocab_size follows the data
-    return {"stage": args.stage, "args": given | actual, "processes": run.world, "config": config}
+    counts = [len(data_set) for data_set in stage.samples]
+    found = {"stage": args.stage, "args": given | actual, "processes": run.world, "samples": counts}
+    return found | {"config": config}
 
 
 def learned(model, taken):

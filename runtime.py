@@ -108,6 +108,10 @@ def out_of_memory(error):
 # ---- Processes and precision ---------------------------------------------------------------------
 
 
+TO_MEET = datetime.timedelta(minutes=10)  # for all processes to start
+WHILE_READING = datetime.timedelta(hours=2)  # the others wait while one process reads a whole corpus
+
+
 class Runtime:
     """This process among W: rank, world, device, main (True on process 0), and autocast().
 
@@ -129,9 +133,16 @@ class Runtime:
             keep_memory()
         if self.world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            patience = datetime.timedelta(hours=2)  # the others wait while one process reads a whole corpus
-            dist.init_process_group(backend, timeout=patience)
+            dist.init_process_group(backend, timeout=WHILE_READING, **self.meeting())
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+    def meeting(self):
+        """Where the processes meet. UserError if one of them is missing for too long."""
+        try:
+            store, rank, world = next(dist.rendezvous("env://", timeout=TO_MEET))
+        except (dist.DistError, ValueError) as error:  # ValueError: no address or port
+            raise UserError(f"{self.world} processes did not meet ({first_line(error)}): start all of them, best with torchrun") from None
+        return {"store": store, "rank": rank, "world_size": world}
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)

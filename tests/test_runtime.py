@@ -1,5 +1,6 @@
 """Optimizer groups, schedule, seeds, files, the log."""
 
+import datetime
 import os
 import sys
 from dataclasses import replace
@@ -60,6 +61,17 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     with pytest.raises(runtime.UserError):
         runtime.write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def meet_alone():
+    runtime.TO_MEET = datetime.timedelta(seconds=1)
+    os.environ["WORLD_SIZE"] = "2"
+    with pytest.raises(runtime.UserError):
+        runtime.Runtime()
+
+
+def test_a_process_that_waits_in_vain_for_another_gives_up(processes):
+    processes(1, meet_alone, group=False)
 
 
 def log_in(folder, done=0, amp="off"):

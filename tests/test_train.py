@@ -233,6 +233,17 @@ def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path, monkeypatch)
     assert checkpoint.read(tmp_path / "last.pt").step == 6
 
 
+def test_a_run_whose_data_has_grown_is_told_and_goes_on_if_it_may(tmp_path, monkeypatch):
+    folder, out = pictures(tmp_path / "data", count=8), tmp_path / "out"
+    call(monkeypatch, train, *SIZE, *BRIEF, "--data", folder, "--out", out)
+    pictures(folder, count=9)
+    with pytest.raises(UserError, match=r"samples \[16\] → \[18\]"):
+        call(monkeypatch, train, "--out", out, "--resume", "--steps", 6)
+    assert len(metrics(out)) == 4
+    call(monkeypatch, train, "--out", out, "--resume", "--steps", 6, "--allow-changes")
+    assert [entry["step"] for entry in metrics(out)] == [1, 2, 3, 4, 5, 6]
+
+
 # Negatives for ITM are drawn, so it is left out
 @pytest.mark.parametrize("stage", ["image --dvae STAGES/dvae/last.pt", "vl --itm-weight 0"])
 def test_two_processes_train_and_measure_as_one(stage, stages, processes, tmp_path, monkeypatch):
