@@ -154,9 +154,10 @@ class GELULinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         to_x = to_weight = to_bias = None
+        rows = grad.flatten(0, -2)  # (B·R, D): one product, where (B, R, D) would be B of them
         if ctx.needs_input_grad[0]:
-            to_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x)
-        rows = grad.flatten(0, -2)  # (B·R, D)
+            to_gelu = (rows @ weight.to(grad.dtype)).view_as(x)
+            to_x = torch.ops.aten.gelu_backward(to_gelu, x)
         if ctx.needs_input_grad[1]:
             to_weight = rows.T @ F.gelu(x).flatten(0, -2)
         if ctx.needs_input_grad[2]:
