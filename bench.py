@@ -1,9 +1,11 @@
-"""How fast a step of stage vl is, next to the same step as a textbook has it and next to MoMo's, and
-how fast retrieval is. Ratios compare sides that alternate in one run on one machine.
+"""How fast a step of stage vl is, next to the same step as a textbook has it, with relative positions,
+in parts, and as MoMo's; how fast retrieval and the loader are. Ratios compare sides that alternate in
+one run on one machine; one side at a time is in memory.
 
     python bench.py                                   # base, 224 pixels, on this CPU or GPU
     python bench.py --config tiny --amp off           # two minutes
-    python bench.py --sizes --config base base_plus large --amp bf16    # memory and work per sample
+    python bench.py --only loader                     # one of the tables
+    python bench.py --only sizes --config base base_plus large --amp bf16   # memory and work per sample
 
 Shape letters as in losses.py; T text tokens, N patches, S rows of a sequence, H heads.
 """
@@ -11,142 +13,52 @@ Shape letters as in losses.py; T text tokens, N patches, S rows of a sequence, H
 import dataclasses
 import itertools
 import json
+import random
 import statistics
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
-from torch import nn, profiler
+from PIL import Image
+from torch import profiler
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop, sdpa_flop
 
-import momo
-import momo_stages
+import images
 import retrieval
 import runtime
 import train
-from loader import prepare, to_device
-from mome import CONFIGS, VLMo, classifier
+from mome import CONFIGS, VLMo
+from momo_stages import MoMoVL
 from runtime import at_least
-from stage import Stage
-from stages import VL, Text, language_part
+from sides import Side, bare, forget, gradients, pairs, stage_of, training_batch
 from textbook import Textbook
-from texts import IGNORE
-from vqa import VQA
 
 CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-ALL = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}  # the paper's losses, and their weights
-
-# ---- Stages and batches without data -------------------------------------------------------------
-
-
-def bare(kind, model, **attributes):
-    """A stage of this class around a model, without data."""
-    stage = kind.__new__(kind)
-    Stage.__init__(stage)
-    stage.model = model
-    for name, value in attributes.items():
-        setattr(stage, name, value)
-    return stage
-
-
-def hide(ratio, candidates):
-    """round(ratio · their number) of a row's candidates, but one at least. (b, n) → (b, n) bool."""
-    place = torch.rand(candidates.shape).masked_fill(~candidates, 2.0).argsort(1).argsort(1)
-    return place < (ratio * candidates.sum(1, keepdim=True)).round().clamp(min=1)
-
-
-def pairs(config, b, ratio=0.15, full=False):
-    """b pairs as data.Pairs makes them, with this ratio of tokens and of patches hidden. full: with
-    running text; else with captions, the b quantiles of a length of 6 to 40 tokens, 13 on average:
-    of 4 captions the longest has 21, of 8 26, of 64 40."""
-    torch.manual_seed(0)
-    T, S = config.max_text_len, config.image_size
-    quantiles = 6 - 7.2 * torch.log1p(-(torch.arange(b) + 0.5) / b)
-    lengths = torch.full((b,), T) if full else quantiles.round().clamp(max=40)
-    place, lengths = torch.arange(T), lengths[:, None]  # (T,), (b, 1)
-    mask = place < lengths  # (b, T)
-    text = torch.randint(5, config.vocab_size, (b, T)).masked_fill(~mask, 0)
-    words = hide(ratio, (place > 0) & (place < lengths - 1))
-    patches = torch.ones(b, (S // config.patch_size) ** 2, dtype=torch.bool)  # (b, N)
-    batch = {
-        "image": torch.randint(0, 256, (b, 3, S, S), dtype=torch.uint8),
-        "text": text,
-        "mask": mask,
-        "masked": text.masked_fill(words, 4),
-        "labels": text.masked_fill(~words, IGNORE),
-        "hidden": hide(ratio, patches),
-        "ids": torch.arange(2 * b).view(b, 2),
-    }
-    return batch
-
-
-def ready(batch, device):
-    """A batch as the loader gives it."""
-    return to_device(prepare([batch])[0], device)
-
-
-class Side:
-    """One way to compute the step: a stage, its optimizer, its batches, and step(). kind:
-    "textbook", "ours", "ours, recomputed", "ours, compiled" or "MoMo"."""
-
-    def __init__(self, kind, name, b, run):
-        torch.manual_seed(0)
-        self.run, config = run, dataclasses.replace(CONFIGS[name], drop_path=0.0)
-        if kind == "MoMo":
-            self.stage = momo_stage(name, config)
-            config, ratio = self.stage.model.config, momo.RATIO
-            batches = pairs(config, b, ratio["pair"]), pairs(config, b, ratio["text"], full=True)
-        else:
-            stage = Textbook if kind == "textbook" else VL
-            self.stage = bare(stage, VLMo(config), loss_weights=ALL, negatives="global")
-            batches = (pairs(config, b),)
-        prepared = to_device if kind == "textbook" else ready  # a textbook pads texts to full length
-        self.batches = [prepared(batch, run.device) for batch in batches]
-        self.stage.to(run.device).train()
-        train.freeze_unread(self.stage, self.batches, run)
-        speed = SimpleNamespace(recompute="recomputed" in kind, compile="compiled" in kind)
-        runtime.speed_up(self.stage, speed, run)
-        self.optimizer = runtime.adamw(self.stage)
-
-    def step(self):
-        with self.run.autocast():
-            values = self.stage(*self.batches)
-        sum(w * values[name] for name, w in self.stage.loss_weights.items()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-def momo_stage(name, config):
-    """Stage momo-vl, with texts of stage momo-text's length."""
-    length = momo_stages.MoMoText.recipe.get(name, momo_stages.MoMoText.recipe["base"]).get("max_text_len")
-    length = length or config.max_text_len
-    config = dataclasses.replace(config, experts="shared", max_text_len=length)
-    shape = momo.DECODERS[name]
-    decoders = {kind: momo.Decoder(config, shape, kind) for kind in ("pair", "text")}
-    stage = bare(momo_stages.MoMoVL, VLMo(config), head=nn.ModuleDict(decoders), negatives="global")
-    stage.loss_weights = dict.fromkeys(["cmm mim", "cmm mlm", "itc", "itm", "mlm"], 1.0)
-    stage.aligned, stage.normalised = {"itc", "itm"}, False
-    return stage
-
 
 # ---- Time, FLOPs, memory -------------------------------------------------------------------------
 
 
 def alternate(sides, repeats, device):
-    """{name: function} → {name: [seconds]}: each once to warm up, then in turns."""
-    for function in sides.values():
-        function()
+    """{name: make} → {name: [seconds]}, in turns: make() → a function, which runs once to warm up, then
+    against the clock, and is gone before the next side is made."""
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     seconds = {name: [] for name in sides}
     for _ in range(repeats):
-        for name, function in sides.items():
+        for name, make in sides.items():
+            work = make()
+            work()
             wait()
             began = time.perf_counter()
-            function()
+            work()
             wait()
             seconds[name].append(time.perf_counter() - began)
+            del work
+            torch.compiler.reset()
     return seconds
 
 
@@ -160,7 +72,7 @@ def matmul_peak(run):
     best, dtype = 0.0, run.dtype or torch.float32
     for n in (1024, 2048, 4096) if run.device.type == "cpu" else (4096, 8192, 16384):
         a, b = torch.randn(2, n, n, device=run.device).to(dtype)
-        seconds = alternate({"": partial(torch.matmul, a, b)}, 5, run.device)[""]
+        seconds = alternate({"": lambda: partial(torch.matmul, a, b)}, 5, run.device)[""]
         best = max(best, 2 * n**3 / min(seconds))
     return best
 
@@ -194,27 +106,28 @@ PAPER_PAIRS = 200_000 * 1024  # steps × batch of the paper's base model (Sectio
 
 
 def bench_step(kinds, name, b, run, repeats):
-    """Steps of several kinds of Side; ratios are to the first."""
-    torch.compiler.reset()
-    sides = {kind: Side(kind, name, b, run) for kind in kinds}
-    seconds = alternate({kind: side.step for kind, side in sides.items()}, repeats, run.device)
-    rows, best = [], matmul_peak(run)
-    for kind, side in sides.items():
+    """Steps of several kinds, {name: arguments of Side}; ratios are to the first."""
+    makers = {kind: partial(Side, name, b, run, **arguments) for kind, arguments in kinds.items()}
+    seconds = alternate(makers, repeats, run.device)
+    rows, best, first = [], matmul_peak(run), next(iter(kinds))
+    for kind, arguments in kinds.items():
         median = statistics.median(seconds[kind])
+        side = Side(name, b, run, **arguments | {"compile": False})  # compiled code hides its FLOPs
         parameters = sum(p.numel() for p in side.stage.parameters() if p.requires_grad)
-        work = flops(sides["ours" if "compiled" in kind else kind].step)  # compiled code hides it
-        memory = tensor_memory(side.step, run.device)  # besides parameters and AdamW's averages
+        side()  # AdamW makes its averages
+        work, memory = flops(side), tensor_memory(side, run.device)
         rows.append({
             "side": kind,
             "pairs/s": b / median,
             "spread": (max(seconds[kind]) - min(seconds[kind])) / median,
-            f"× {kinds[0]}": median_ratio(seconds[kinds[0]], seconds[kind]),
+            f"× {first}": median_ratio(seconds[first], seconds[kind]),
             "parameters, M": parameters / 1e6,
             "TFLOP a step": work / 1e12,
             "of peak": work / median / best,
-            "tensors, MB": memory,
+            "tensors, MB": memory,  # besides parameters and AdamW's averages
             "days for 204.8 M pairs": PAPER_PAIRS * median / b / 86_400,
         })  # fmt: skip
+        del side
     return rows
 
 
@@ -227,9 +140,9 @@ def bench_retrieval(name, run, repeats):
     mixed = torch.randperm(80)
     textbook = bare(Textbook, model)
     inputs = image, captions["text"][mixed], captions["mask"][mixed], run
-    sides = {"textbook": partial(encode, textbook, *inputs), "ours": partial(encode, model, *inputs)}
+    sides = {"textbook": lambda: partial(encode, textbook, *inputs), "ours": lambda: partial(encode, model, *inputs)}
     seconds = alternate(sides, repeats, run.device)
-    ranking = alternate({"": partial(rank, *vectors(5000, 25_010, run.device))}, 3, run.device)
+    ranking = alternate({"": lambda: partial(rank, *vectors(5000, 25_010, run.device))}, 3, run.device)
     million = partial(rank, *vectors(1000, 10**6, run.device))
     row = {"images with 5 captions encoded/s": 16 / statistics.median(seconds["ours"])}
     row["× textbook"] = median_ratio(seconds["textbook"], seconds["ours"])
@@ -260,17 +173,64 @@ def rank(image, text, relevant):
     retrieval.search(text, image, relevant.flip(0))
 
 
+# Files of the loader's table
+PHOTOS, VIEWS = ((640, 480), (2048, 1536)), 100
+
+
+def bench_loader(repeats):
+    """Training views that one process makes of JPEG files, 224 pixels with RandAugment, next to a plain
+    loader, which decodes and resizes every pixel."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for width, height in PHOTOS:
+            path = Path(folder, f"{width}.jpg")
+            photo(width, height).save(path, quality=90)
+            sides = {"plain": lambda: partial(views, path, plain_view), "ours": lambda: partial(views, path, view)}
+            seconds = alternate(sides, repeats, torch.device("cpu"))
+            rate = VIEWS / statistics.median(seconds["ours"])
+            ratio = median_ratio(seconds["plain"], seconds["ours"])
+            rows.append({"file": f"{width} × {height}", "views/s": rate, "× plain": ratio})
+    return rows
+
+
+def views(path, make):
+    for seed in range(VIEWS):
+        images.to_tensor(make(path, random.Random(seed)))
+
+
+def view(path, rng):
+    return images.augment(images.read_image(path, 224), 224, rng)
+
+
+def plain_view(path, rng):
+    image = images.read_image(path)
+    return images.rand_augment(images.resize(image, 224, box=images.crop_box(*image.size, rng)), rng)
+
+
+def photo(width, height):
+    """Noise of all scales, as strong as in photographs."""
+    rng, total, cells = np.random.default_rng(0), 0.0, 4
+    while cells < width:
+        noise = rng.uniform(0, 255, (cells * height // width, cells, 3)).astype(np.uint8)
+        layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        total = total + np.asarray(layer, dtype=np.float64) / cells**0.8
+        cells *= 2
+    low, high = total.min(), total.max()
+    return Image.fromarray(np.uint8(255 * (total - low) / (high - low)))
+
+
 # Runs at the paper's sizes: pixels and tokens
 RUNS = (("stage text", 224, 196), ("stage vl", 224, 40), ("retrieval", 384, 40), ("vqa", 480, 40))
+H100 = 0.4 * 989  # TFLOP/s of matrix products in bf16, at 40 % of its peak
 
 
-def bench_sizes(name, run):
+def bench_sizes(name, position, run):
     """What one more sample in the batch costs, with a text of full length: memory of its activations,
     with and without --recompute, and work. Next to it what the parameters that train, their
-    gradients and AdamW's averages take, in float32."""
+    gradients and AdamW's averages take, in float32, and how many samples an H100 wants."""
     rows = []
     for kind, size, tokens in RUNS:
-        config = dataclasses.replace(CONFIGS[name], image_size=size, max_text_len=tokens)
+        config = dataclasses.replace(CONFIGS[name], image_size=size, max_text_len=tokens, position=position)
         row = {"run": kind, "pixels": size, "tokens": tokens}
         for column, recompute in (("MB a sample", False), ("with --recompute", True)):
             stage = stage_of(kind, config).to(run.device).train()
@@ -285,68 +245,55 @@ def bench_sizes(name, run):
             row[column] = (four - two) / 2
             if not recompute:
                 parameters = sum(p.numel() for p in stage.parameters() if p.requires_grad)
-                row["TFLOP a sample"] = (flops(steps[0]) - flops(steps[1])) / 2e12
-        rows.append(row | {"parameters, M": parameters / 1e6, "MB besides": 16 * parameters / 1e6})
+                work = (flops(steps[0]) - flops(steps[1])) / 2e12
+        memory = {"parameters, M": parameters / 1e6, "MB besides": 16 * parameters / 1e6}
+        rows.append(row | {"TFLOP a sample": work, "samples/s, H100 at 40 %": H100 / work} | memory)
     return rows
-
-
-def stage_of(kind, config):
-    """A stage or task, without data."""
-    model, head = VLMo(config), nn.Module()
-    if kind == "stage text":
-        model.requires_grad_(False)
-        for module in language_part(model):
-            module.requires_grad_(True)
-        return bare(Text, model, head=head, loss_weights={"mlm": 1.0})
-    if kind == "vqa":
-        return bare(VQA, model, head=classifier(config, config.dim, 3129), loss_weights={"loss": 1.0})
-    weights = ALL if kind == "stage vl" else {"itc": 1.0}
-    return bare(VL, model, head=head, loss_weights=weights, negatives="global")
-
-
-def training_batch(kind, config, b, device):
-    """b pairs with texts of full length."""
-    batch = ready(pairs(config, b, full=True), device)
-    return batch | {"target": torch.rand(b, 3129, device=device)} if kind == "vqa" else batch
-
-
-def forget(parameter):
-    parameter.grad = None
-
-
-def gradients(stage, batch, run):
-    """Forward and backward pass."""
-    with run.autocast():
-        values = stage(batch)
-    sum(w * values[name] for name, w in stage.loss_weights.items()).backward()
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
 
+STEP = {
+    "textbook": dict(kind=Textbook),
+    "ours": {},
+    "ours, recomputed": dict(recompute=True),
+}
+POSITIONS = {"absolute": {}, "relative": dict(position="relative")}
+PARTS = {"4 parts apart": dict(parts=4, ahead=False), "4 parts together": dict(parts=4), "1 part": {}}
+MODELS = {"VLMo": {}, "MoMo": dict(kind=MoMoVL)}
+TABLES = ("step", "positions", "parts", "momo", "retrieval", "loader", "sizes")
+
+
 def jobs(args):
     """What to measure: (title of a table, first columns of its rows, function, its arguments)."""
     listed = []
-    if args.sizes:
-        for name, amp in itertools.product(args.config, args.amp):
-            labels = {"config": name, "amp": amp}
-            listed.append(("memory and work of a sample", labels, bench_sizes, name, runtime.Runtime(amp)))
-        return listed
-    kinds = ["textbook", "ours", "ours, recomputed"]
-    if args.compile:
-        kinds.append("ours, compiled")
+    if "loader" in args.only:
+        listed.append(("training views of JPEG files", {}, bench_loader, args.repeats))
     for name, amp in itertools.product(args.config, args.amp):
         run, labels = runtime.Runtime(amp), {"config": name, "amp": amp}
-        batches = args.batch_size or [4, 8]
-        if run.device.type == "cuda":
-            batches = args.batch_size or [32 if name == "large" else 64]
-        listed.append(("retrieval", labels, bench_retrieval, name, run, args.repeats))
-        for b in batches:
-            rest = name, b, run, args.repeats
-            sized = labels | {"batch": b}
-            listed.append(("a step of stage vl", sized, bench_step, kinds, *rest))
-        rest, sized = (name, batches[0], run, args.repeats), labels | {"batch": batches[0]}
-        listed.append(("a step of VLMo and of MoMo", sized, bench_step, ["ours", "MoMo"], *rest))
+        rest = run, args.repeats
+        batches = args.batch_size or ([4, 8] if run.device.type == "cpu" else [32 if name == "large" else 64])
+        first = labels | {"batch": batches[0]}
+        if "step" in args.only:
+            kinds = STEP | ({"ours, compiled": dict(compile=True)} if args.compile else {})
+            for b in batches:
+                listed.append(("a step of stage vl", labels | {"batch": b}, bench_step, kinds, name, b, *rest))
+        for table, title, kinds in (
+            ("positions", "absolute and relative positions", POSITIONS),
+            ("momo", "a step of VLMo and of MoMo", MODELS),
+        ):
+            if table in args.only:
+                listed.append((title, first, bench_step, kinds, name, batches[0], *rest))
+        if "parts" in args.only:
+            b = 4 * batches[0]
+            listed.append(("a step in parts", labels | {"batch": b}, bench_step, PARTS, name, b, *rest))
+        if "retrieval" in args.only:
+            listed.append(("retrieval", labels, bench_retrieval, name, *rest))
+        if "sizes" in args.only:
+            for position in ("absolute", "relative"):
+                sized = labels | {"position": position}
+                listed.append(("memory and work of a sample", sized, bench_sizes, name, position, run))
     return listed
 
 
@@ -368,7 +315,7 @@ def main():
     amp = ["bf16"] if gpu else ["off", "bf16"]
     parser.add_argument("--amp", nargs="+", choices=["off", "bf16", "fp16"], default=amp)
     parser.add_argument("--compile", action="store_true", help="a compiled side, too")
-    parser.add_argument("--sizes", action="store_true", help="only memory and work of a sample")
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES[:-1], help="these tables")
     parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="of each side")
     parser.add_argument("--out", metavar="FILE", help="the numbers as JSON")
     args = parser.parse_args()

@@ -90,15 +90,19 @@ ENLARGED = 0.75  # of a view's pixels a side: what the smallest crop of an image
 
 def random_resized_crop(image, size, rng):
     """A crop of 50–100 % of the area and of 3:4 to 4:3, resized to a square."""
-    width, height = image.size
+    return resize(image, size, box=crop_box(*image.size, rng), reducing_gap=GAP)
+
+
+def crop_box(width, height, rng):
+    """→ (left, upper, right, lower) of a crop; of very long or tall images None, which is all."""
     for _ in range(10):
         target = rng.uniform(AREA, 1) * width * height
         ratio = math.exp(rng.uniform(-math.log(ASPECT), math.log(ASPECT)))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             x, y = rng.randint(0, width - w), rng.randint(0, height - h)
-            return resize(image, size, box=(x, y, x + w, y + h), reducing_gap=GAP)
-    return resize(image, size, reducing_gap=GAP)  # very long or tall images
+            return x, y, x + w, y + h
+    return None
 
 
 def smallest_crop(width, height):

@@ -33,7 +33,7 @@ import test_weights
 import texts
 import vqa
 import weights
-from bench import bare
+from sides import bare
 from mome import Config, VLMo
 from runtime import UserError
 from stages import VL

@@ -14,9 +14,10 @@ from torch._dynamo.utils import counters
 import bench
 import losses
 import runtime
+import sides
 import textbook
-from bench import bare
 from mome import CONFIGS, Config, VLMo
+from sides import bare
 from stages import VL
 
 SMALL = Config(
@@ -33,7 +34,7 @@ def stage_of(names="itc itm mlm", negatives="global", **switches):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    weights = {name: bench.ALL[name] for name in names.split()}
+    weights = {name: sides.ALL[name] for name in names.split()}
     return bare(VL, model, loss_weights=weights, negatives=negatives)
 
 
@@ -118,6 +119,7 @@ def test_the_benchmark_prints_tables_and_writes_its_numbers(tmp_path, monkeypatc
     monkeypatch.setitem(CONFIGS, "tiny", SMALL)
     monkeypatch.setattr(bench, "vectors", lambda *_: vectors(20, 100, "cpu"))
     monkeypatch.setattr(bench, "matmul_peak", lambda run: 1e12)
+    monkeypatch.setattr(bench, "VIEWS", 2)
     flags = ["--config", "tiny", "--batch-size", 2, "--amp", "off", "--repeats", 1, "--out", out]
     call(monkeypatch, bench, *flags)
     found, said = json.loads(out.read_text()), capsys.readouterr().out
@@ -125,12 +127,14 @@ def test_the_benchmark_prints_tables_and_writes_its_numbers(tmp_path, monkeypatc
     textbook, ours, recomputed = found["a step of stage vl"]
     assert ours["TFLOP a step"] < textbook["TFLOP a step"]
     assert recomputed["tensors, MB"] < ours["tensors, MB"] < textbook["tensors, MB"]
+    apart, together, whole = found["a step in parts"]
+    assert apart["TFLOP a step"] < together["TFLOP a step"] and together["tensors, MB"] < whole["tensors, MB"]
 
 
 def test_what_a_sample_costs(monkeypatch):
     """Per sample, so twice the parameters that train do not count; --recompute keeps less."""
     monkeypatch.setattr(bench, "RUNS", tuple((kind, 32, 16) for kind, _, _ in bench.RUNS))
-    rows = bench.bench_sizes("tiny", runtime.Runtime())
+    rows = bench.bench_sizes("tiny", "relative", runtime.Runtime())
     assert [row["run"] for row in rows] == ["stage text", "stage vl", "retrieval", "vqa"]
     for row in rows:
         assert 0 < row["with --recompute"] < row["MB a sample"] and row["TFLOP a sample"] > 0

@@ -12,9 +12,9 @@ import torch
 import checkpoint
 import positions
 import runtime
-from bench import bare
 from mome import Config, VLMo
 from runtime import UserError
+from sides import bare
 from stages import VL
 from texts import SPECIAL, wordpiece
 

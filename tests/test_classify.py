@@ -11,12 +11,12 @@ from test_vqa import picture
 import data
 import finetune
 import losses
-from bench import bare
 from classify import Probe, Standardise, WorldClasses, read
 from mome import Config, VLMo, classifier
 from nlvr2 import NLVR2, WorldStatements
 from runtime import UserError
 from shapes import World
+from sides import bare
 from texts import Words
 from vqa import VQA, WorldQuestions
 

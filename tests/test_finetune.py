@@ -17,8 +17,8 @@ import evaluate
 import finetune
 import glue
 import images
-from bench import bare
 from runtime import UserError
+from sides import bare
 
 BRIEF = ["--batch-size", 8, "--log-every", 1]
 ONE_STEP = ["--batch-size", 8, "--epochs", 1e-9, "--eval-every", 0]

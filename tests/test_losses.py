@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import losses
-from bench import bare
 from loader import prepare
 from mome import Config, VLMo
+from sides import bare
 from stages import VL
 
 # ---- By hand -------------------------------------------------------------------------------------

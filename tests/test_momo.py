@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    BRIEF, SIZE, assert_close_metrics, batch_of, call, main_of, metrics, pictures
+    BRIEF,
+    SIZE,
+    assert_close_metrics,
+    batch_of,
+    call,
+    main_of,
+    metrics,
+    pictures,
 )  # fmt: skip
 
 import checkpoint
@@ -20,11 +27,11 @@ import momo_stages
 import shapes
 import texts
 import train
-from bench import bare
 from loader import prepare
 from mome import CONFIGS, Config, VLMo
 from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from runtime import UserError
+from sides import bare
 from texts import IGNORE
 
 SMALL = Config(

@@ -13,8 +13,8 @@ from torch import nn
 
 import log
 import runtime
-from bench import bare
 from mome import CONFIGS, VLMo
+from sides import bare
 from stage import Stage
 
 

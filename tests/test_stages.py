@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from conftest import batch_of, train_stages
 
 import checkpoint
-import images
 import dvae
+import images
 import runtime
 import shapes
 import train
-from bench import bare
 from classify import Classify, Probe, Standardise
 from glue import GLUE
 from loader import prepare
 from mome import Config, MIMHead, VLMo, classifier
 from nlvr2 import NLVR2
+from sides import bare
 from stage import masked_words, perplexity
 from stages import VL, Image, Text, language_part, nearest_visible
 from texts import IGNORE, Texts, Words, pack, train_tokenizer

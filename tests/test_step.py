@@ -5,21 +5,21 @@ import sys
 
 import pytest
 import torch
+from test_losses import batch_of_six, vl
+from test_momo import stage_of as momo_stage_of
+from test_stages import stage_of
 from torch import nn
 
 import losses
 import runtime
-from bench import bare
 from classify import Classify, Probe
-from glue import RTE
 from dvae import DVAE, DVAEConfig, Tokenizer
+from glue import RTE
 from loader import prepare
 from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from nlvr2 import NLVR2
+from sides import bare
 from stages import VL, Image, Text
-from test_losses import batch_of_six, vl
-from test_momo import stage_of as momo_stage_of
-from test_stages import stage_of
 from vqa import VQA
 
 # ---- A step in parts -----------------------------------------------------------------------------

@@ -23,9 +23,9 @@ import nlvr2
 import texts
 import vqa
 import weights
-from bench import bare
 from mome import CONFIGS, VLMo, classifier
 from runtime import UserError
+from sides import bare
 
 CASES = json.loads(Path(__file__).with_name("released.json").read_text())
 CASES = {case["name"]: case for case in CASES}
