@@ -13,7 +13,9 @@ Shape letters as in losses.py; T text tokens, N patches, S rows of a sequence, H
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -129,6 +131,30 @@ def bench_step(kinds, name, b, run, repeats):
         })  # fmt: skip
         del side
     return rows
+
+
+def bench_process(kinds, name, b, amp):
+    """Memory that a process holds at most in its second step, each kind of Side in a process of its own."""
+    rows, first = [], None
+    for kind, arguments in kinds.items():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            held = pool.apply(two_steps, (name, b, amp, arguments))
+        first = first or held
+        rows.append({"side": kind, "process, MB": held, f"÷ {next(iter(kinds))}": held / first})
+    return rows
+
+
+def two_steps(name, b, amp, arguments):
+    """→ MB of this process at its peak, besides those of a process that has only imported torch."""
+    before = peak_memory()
+    side = Side(name, b, runtime.Runtime(amp), **arguments)
+    side()
+    side()
+    return peak_memory() - before
+
+
+def peak_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # MB; Linux counts in KB
 
 
 def bench_retrieval(name, run, repeats):
@@ -262,7 +288,7 @@ STEP = {
 POSITIONS = {"absolute": {}, "relative": dict(position="relative")}
 PARTS = {"4 parts apart": dict(parts=4, ahead=False), "4 parts together": dict(parts=4), "1 part": {}}
 MODELS = {"VLMo": {}, "MoMo": dict(kind=MoMoVL)}
-TABLES = ("step", "positions", "parts", "momo", "retrieval", "loader", "sizes")
+TABLES = ("step", "positions", "parts", "momo", "process", "retrieval", "loader", "sizes")
 
 
 def jobs(args):
@@ -286,8 +312,11 @@ def jobs(args):
             if table in args.only:
                 listed.append((title, first, bench_step, kinds, name, batches[0], *rest))
         if "parts" in args.only:
-            b = 4 * batches[0]
+            b = 2 * batches[0]
             listed.append(("a step in parts", labels | {"batch": b}, bench_step, PARTS, name, b, *rest))
+        if "process" in args.only and run.device.type == "cpu":
+            kinds = STEP | {"ours, relative": POSITIONS["relative"]}
+            listed.append(("memory of the process", first, bench_process, kinds, name, batches[0], amp))
         if "retrieval" in args.only:
             listed.append(("retrieval", labels, bench_retrieval, name, *rest))
         if "sizes" in args.only:
