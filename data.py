@@ -10,9 +10,9 @@ Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches,
 pixels.
 """
 
-import functools
 import hashlib
 import itertools
+import math
 import random
 import sys
 from typing import NamedTuple
@@ -192,17 +192,51 @@ class Order:
     index), from batch `start` on."""
 
     def __init__(self, length, batch, rank, world, seed, start=0):
-        self.length, self.batch, self.rank, self.world, self.seed, self.start = length, batch, rank, world, seed, start
-        self.shuffled = functools.lru_cache(2)(self.shuffle)
-
-    def shuffle(self, epoch):
-        return np.random.default_rng([self.seed, epoch]).permutation(self.length)
+        self.length, self.batch, self.rank, self.world = length, batch, rank, world
+        self.seed, self.start = seed, start
 
     def __iter__(self):
         for k in itertools.count(self.start):
             first = (k * self.world + self.rank) * self.batch
-            epochs = [divmod(position, self.length) for position in range(first, first + self.batch)]
-            yield [(epoch, int(self.shuffled(epoch)[place])) for epoch, place in epochs]
+            epochs, places = np.divmod(np.arange(first, first + self.batch), self.length)
+            batch = []
+            for epoch in range(epochs[0], epochs[-1] + 1):
+                indices = shuffled(places[epochs == epoch], self.length, (self.seed, epoch))
+                batch += [(epoch, index) for index in indices.tolist()]
+            yield batch
+
+
+ROUNDS = 4  # of shifts by rows and by columns
+
+
+def shuffled(places, length, key):
+    """The indices at these places (n,) of a shuffled range(length): int64 (n,), computed without
+    the other places. key: whole numbers; each gives another order.
+
+    The range fills a table row by row. A round shifts each row, and then each column, by a hash of
+    its number: a Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    The table can have a few cells too many; who lands there is shuffled again until he is inside.
+    """
+    rows = np.uint64(math.isqrt(length - 1) + 1)
+    columns = np.uint64(-(-length // int(rows)))
+    keys = np.random.default_rng(key).integers(2**64, size=(ROUNDS, 2), dtype=np.uint64)
+    index = places.astype(np.uint64)
+    outside = np.full(len(index), True)
+    while outside.any():
+        row, column = np.divmod(index[outside], columns)
+        for row_key, column_key in keys:
+            column = (column + scramble(row ^ row_key)) % columns
+            row = (row + scramble(column ^ column_key)) % rows
+        index[outside] = row * columns + column
+        outside = index >= length
+    return index.astype(np.int64)
+
+
+def scramble(x):
+    """Hashes of numbers: uint64 (n,) → uint64 (n,) below 2³³. Steele et al.'s SplitMix64, 2014."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x >> np.uint64(31)  # numbers of 33 bits: a sum with one does not overflow
 
 
 # ---- What an evaluation reads --------------------------------------------------------------------

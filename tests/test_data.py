@@ -231,6 +231,34 @@ def test_an_epoch_has_every_sample_once_for_any_number_of_processes_and_any_star
             assert sum(map(next, orders), []) == whole[12 * start : 12 * start + 12]
 
 
+def test_an_epoch_shuffles_any_number_of_samples():
+    for length in (*range(1, 201), 4099, 10**5 + 3):
+        order = data.shuffled(np.arange(length), length, (1, 2))
+        assert np.array_equal(np.sort(order), np.arange(length))
+    few = data.shuffled(np.array([5, 100_002, 5]), length, (1, 2))
+    assert few.tolist() == order[[5, 100_002, 5]].tolist()
+    for key in ((1, 3), (2, 2), (2, 1)):
+        other = data.shuffled(np.arange(length), length, key)
+        assert (other == order).sum() < 10  # of 100,003: one is expected
+
+
+def test_each_sample_and_pair_of_samples_is_equally_often_at_a_place():
+    """Pearson's statistic is at most three standard deviations above its mean."""
+    for length in (4, 10, 50):
+        orders = [data.shuffled(np.arange(length), length, (0, epoch)) for epoch in range(2000)]
+        numbers = np.stack(orders)  # (2000, length)
+        singles = np.stack([np.bincount(place, minlength=length) for place in numbers.T])
+        pairs = np.bincount(numbers[:, 0] * length + numbers[:, 1], minlength=length**2)
+        pairs = np.delete(pairs, np.arange(length) * (length + 1))  # no sample comes twice
+        for counts in (singles, pairs):
+            expected = counts.mean()
+            freedom = (length - 1) ** 2 if counts is singles else len(pairs) - 1
+            statistic = ((counts - expected) ** 2 / expected).sum()
+            assert statistic < freedom + 3 * (2 * freedom) ** 0.5
+    distance = np.abs(np.diff(data.shuffled(np.arange(10**5), 10**5, (0, 0))))
+    assert distance.mean() == pytest.approx(10**5 / 3, rel=0.02)
+
+
 def test_batches_are_the_same_for_any_workers_processes_and_start(words):
     pairs = data.Pairs(Pictures(14), words, 8, options())
     samples = [pairs, data.Images(Pictures(12), 8, options())]
