@@ -177,7 +177,7 @@ def read(paths, split, image_size):
     if list(paths) == ["shapes"]:
         return WorldClasses(split, image_size)
     files = image_files(task_folder(paths), split)
-    return task_records(Labelled, [Labelled(path, Path(path).parent.name) for path in files], split)
+    return task_records(Labelled, (Labelled(path, Path(path).parent.name) for path in files), split)
 
 
 def read_names(path):

@@ -3,7 +3,7 @@
 A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; `source.image(i)`,
 an RGB image or a tuple of two, or `source.image(i, view)`, for a training view of that side; and `source.drawn`, True for the built-in world, whose images are
 augmented only if that is asked for, and never mirrored. Sources with text also have
-`source.corpus()`, texts to train a vocabulary on. Every random choice about a sample is a function
+`source.corpus()`, texts to train a vocabulary on, which can be read more than once. Every random choice about a sample is a function
 of (seed, epoch, index), so the order of workers does not matter.
 
 Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of an image in
@@ -35,6 +35,19 @@ class Picture(NamedTuple):
     image: str  # the path, or a name
     captions: list
     item: str
+    at: tuple = None  # of an image in a shard: (file, offset, size)
+
+
+class Corpus:
+    """Texts to train a vocabulary on. They can be read more than once, and are never all in memory:
+    each part is a function, whose texts are read anew."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __iter__(self):
+        for part in self.parts:
+            yield from part()
 
 
 class Absent(UserError):
@@ -146,7 +159,7 @@ class Pairs(Images):
     def __init__(self, source, words, image_size, args, hide=None):
         super().__init__(source, image_size, args, "randaugment", hide)
         self.words = words
-        self.ends = source.caption_counts().cumsum()  # where the pairs of each picture end
+        self.ends = source.caption_ends()
 
     def __len__(self):
         return int(self.ends[-1])

@@ -59,7 +59,7 @@ class Retrieval(VL):
 
     def evaluate(self, args, run):
         source = self.sources[args.split]
-        run.print(f"{args.split}: {len(source)} images, {source.caption_counts().sum()} captions")
+        run.print(f"{args.split}: {len(source)} images, {source.caption_ends()[-1]} captions")
         return retrieval(self.model, source, self.words, run.device, args.batch_size, args.rerank)
 
 

@@ -25,8 +25,10 @@ import texts
 from data import Absent
 from loader import prepare, to_device
 from mome import initialise
+from reading import read_text
+from records import Records
 from runtime import UserError
-from sources import Records, read_splits, read_text, task_folder
+from sources import read_splits, task_folder
 from stage import Task, task_flags
 
 # ---- Metrics: of predicted and right numbers, in percent -----------------------------------------

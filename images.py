@@ -3,6 +3,7 @@
 Shape letters: N patches, S side of an image in pixels.
 """
 
+import io
 import math
 import os
 import stat
@@ -28,19 +29,16 @@ MOST_PIXELS = 10**8  # of an image: 300 MB once it is decoded; the largest camer
 GRAY = (128, 128, 128)
 
 
-def read_image(path, view=None):
+def read_image(path, view=None, at=None):
     """RGB, turned as its EXIF data says; transparent parts become white, and values of more than 8
     bit are scaled by their range, as viewers do. Unreadable, with the path, if it is no image.
 
     view: None, or the side of the training view that is made of it: then a JPEG file is decoded at a
     half, a quarter or an eighth of its size, if that is enough.
+    at: where an image in a shard is, (file, offset, size).
     """
     try:
-        if os.path.isdir(path):
-            raise ValueError("it is a folder")
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("it is no regular file")
-        with Image.open(path) as image:
+        with Image.open(image_file(path, at)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} × {image.height} pixels are too many")
             if view:
@@ -55,6 +53,20 @@ def read_image(path, view=None):
             return image.convert("RGB")
     except UNREADABLE as error:
         raise Unreadable(f"{path} cannot be read: {error}") from None
+
+
+def image_file(path, at):
+    """What Pillow opens: the path, or what is at its place in a shard."""
+    if at:
+        shard, offset, size = at
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+    if os.path.isdir(path):
+        raise ValueError("it is a folder")
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no regular file")
+    return path
 
 
 def to_tensor(image):

@@ -157,7 +157,7 @@ class MoMoText(MoMo, Stage):
         corpus = functools.partial(texts.corpus, args.texts)
         words, config = texts.vocabulary(args, config, start, run, corpus)
         self.tokenizer = words.tokenizer
-        self.texts = hidden_texts(args, words, run)
+        self.texts = hidden_texts(args, words)
         self.set_up(args, config, start, modalities)
         self.sources = self.pictures or self.texts
         self.samples = [self.texts["train"]]
@@ -215,12 +215,14 @@ class MoMoVL(MoMo, VL):
         words = HiddenWords(self.tokenizer, config.max_text_len, RATIO["pair"])
         train = self.sources["train"]
         self.samples = [data.Pairs(train, words, config.image_size, args, hiding("pair", config))]
-        self.texts = {} if args.no_simultaneous else hidden_texts(args, words, run)
+        self.texts = {} if args.no_simultaneous else hidden_texts(args, words)
         if self.texts:
             self.samples.append(self.texts["train"])
 
     def corpus(self):
-        return super().corpus() + (texts.corpus(self.documents) if self.documents else [])
+        if not self.documents:
+            return super().corpus()
+        return data.Corpus(super().corpus, functools.partial(texts.corpus, self.documents))
 
     def forward(self, pairs, texts=None):
         """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T)."""
@@ -285,10 +287,10 @@ def hiding(modality, config):
     return functools.partial(hide_patches, RATIO[modality], patches)
 
 
-def hidden_texts(args, words, run):
+def hidden_texts(args, words):
     """{split: packed texts} of --texts."""
     hidden = HiddenWords(words.tokenizer, words.length, RATIO["text"])
-    return texts.packed(args.texts, hidden, args.seed, run)
+    return texts.packed(args.texts, hidden, args.seed)
 
 
 def masked_labels(batch):

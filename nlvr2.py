@@ -15,8 +15,9 @@ import shapes
 import texts
 from data import Absent, Examples
 from mome import classifier
+from reading import fields, json_lines, malformed, path_below
 from runtime import UserError
-from sources import fields, json_lines, malformed, read_splits, task_folder, task_records
+from sources import read_splits, task_folder, task_records
 from stage import Task, task_flags
 
 
@@ -146,10 +147,9 @@ def statements(folder, split):
         if id in seen:
             raise UserError(f"{where}: identifier {id} comes twice")
         seen.add(id)
-        within = root / str(entry["directory"]) if "directory" in entry else root
-        yield Statement(
-            (within / f"{pair}-img0.png", within / f"{pair}-img1.png"), text, id, label == "True"
-        )
+        name = f"{entry['directory']}/{pair}" if "directory" in entry else pair
+        images = [path_below(root, f"{name}-img{k}.png", where) for k in (0, 1)]
+        yield Statement(images, text, id, label == "True")
 
 
 def own_statements(path):
@@ -161,8 +161,8 @@ def own_statements(path):
         if len(images) != 2 or not all(isinstance(image, str) for image in images):
             raise UserError(f"{where}: images must be two paths, left and right")
         sentence = numbers.setdefault(text, len(numbers))
-        left, right = (path.parent / image for image in images)
-        yield Statement((left, right), text, f"{path.stem}-{sentence}-{number}-0", label)
+        images = [path_below(path.parent, image, where) for image in images]
+        yield Statement(images, text, f"{path.stem}-{sentence}-{number}-0", label)
 
 
 def first_that_exists(paths: list[Path]):

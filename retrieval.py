@@ -250,7 +250,7 @@ def kept_vectors(model, source, path, checkpoint, device):
         return embed_pictures(model, source, range(len(source)), device).to(device)
     trained = stamp(checkpoint)
     known = read_vectors(path, trained)
-    stamps = [stamp(source[i].image) for i in range(len(source))]
+    stamps = [stamp_of_image(source[i]) for i in range(len(source))]
     missing = [i for i, key in enumerate(stamps) if key not in known]
     if missing:
         print(f"{path}: {len(missing)} of {len(source)} images are new")
@@ -266,6 +266,11 @@ def stamp(path):
     """A file's path, time and size."""
     state = os.stat(path)
     return f"{os.path.abspath(path)} {state.st_mtime_ns} {state.st_size}"
+
+
+def stamp_of_image(picture):
+    """The stamp of a picture's file; in a shard, of the shard, and the picture's name."""
+    return f"{stamp(picture.at[0])} {picture.image}" if picture.at else stamp(picture.image)
 
 
 def read_vectors(path, trained):

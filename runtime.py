@@ -10,9 +10,13 @@ import functools
 import gc
 import math
 import os
+import pickle
+import shutil
 import signal
 import sys
+import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -319,6 +323,46 @@ def compile_blocks(blocks, run):
 
 
 # ---- Files and the log ---------------------------------------------------------------------------
+
+
+def once_per_node(fill, read):
+    """read(folder) on every process, of a temporary folder that fill(folder) has filled once per
+    node. The files in it are unlinked once all processes have them open. A UserError of fill is
+    raised on all of them. All processes must call this, in the same order."""
+    names, together = [f"vlmo-{uuid.uuid4().hex}"], dist.is_initialized()
+    if together:
+        dist.broadcast_object_list(names)
+    folder = Path(tempfile.gettempdir(), names[0])
+    fills = not together or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    try:
+        if fills:
+            fill_or_note_error(fill, folder)
+        if together:
+            dist.barrier()
+        refused = folder / REFUSED
+        error = pickle.loads(refused.read_bytes()) if refused.exists() else None
+        answer = None if error else read(folder)
+        if together:
+            dist.barrier()
+    finally:
+        if fills:
+            shutil.rmtree(folder, ignore_errors=True)
+    if error:
+        raise error
+    return answer
+
+
+REFUSED = "refused"  # the file in such a folder that holds the error instead of all others
+
+
+def fill_or_note_error(fill, folder):
+    folder.mkdir()
+    try:
+        fill(folder)
+    except UserError as error:
+        (folder / REFUSED).write_bytes(pickle.dumps(error))
+    except OSError as error:
+        raise UserError(f"{folder}: no room ({error}): TMPDIR names another place") from None
 
 
 def first_line(error):

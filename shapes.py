@@ -65,9 +65,9 @@ class World:
         _, things = arrange(self.scene(i), self.image_size, self.rng("drawing", i))
         return [(x, y, radius) for _, x, y, radius, _ in things]
 
-    def caption_counts(self):
-        """How many captions each picture has, (n,)."""
-        return np.full(self.count, 2)
+    def caption_ends(self):
+        """Where the captions of each picture end, among all captions: (n,) int64."""
+        return np.arange(2, 2 * self.count + 2, 2)
 
     def corpus(self):
         """Captions, questions and statements, enough for every word of this world to come many

@@ -1,7 +1,18 @@
-"""Pictures on disk, as downloaded: manifests, Karpathy's files, folders of images. A source is
-explained in data.py."""
+"""Pictures on disk, as downloaded. A source is explained in data.py.
 
-import contextlib
+What is read of a folder is the first of these that is there; SPLIT is train, val or test:
+
+    SPLIT.jsonl             a manifest: {"image", "captions", "item"} per line
+    SPLIT.csv, SPLIT.tsv    a table with columns filepath and title (open_clip's), or image and caption
+    dataset_coco.json, dataset_flickr30k.json    Karpathy's splits
+    *.tar                   shards, see shards.py
+    images                  and, where captions are needed, NAME.txt next to NAME.jpg, one per line
+
+Shards and images lie in folders train, val and test, or are split by a hash of their names.
+"""
+
+import collections
+import csv
 import functools
 import itertools
 import json
@@ -10,60 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
+import reading
 import shapes
 from data import SPLITS, Absent, Picture, split_by_hash
-from images import read_image
+from reading import IMAGES, checked_captions, files_below, path_below
+from records import AT_ONCE, Records
 from runtime import UserError
-
-
-class Records:
-    """A source on disk. Its records, named tuples of one kind, are JSON lines in one array of
-    bytes, which forked workers share without copying. The `image` of a record is a path, or a pair
-    of paths."""
-
-    drawn = False
-
-    def __init__(self, kind, records, by_text=True):
-        """by_text: in retrieval a caption is right for every picture that has it; False: only for
-        its own."""
-        self.kind, self.by_text = kind, by_text
-        lines = [json.dumps(record, default=str).encode() for record in records]
-        self.ends = np.cumsum([0] + [len(line) for line in lines])
-        self.bytes = np.frombuffer(b"".join(lines), dtype=np.uint8)
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, i):
-        return self.kind(*json.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes()))
-
-    def image(self, i, view=None):
-        """view: of images.read_image."""
-        paths = self[i].image
-        if isinstance(paths, str):
-            return read_image(paths, view)
-        return tuple(read_image(path, view) for path in paths)
-
-    def without(self, names):
-        """The source without the pictures of these file names. UserError if it has none of them, or
-        no others."""
-        kept = []
-        for i in range(len(self)):
-            if os.path.basename(self[i].image) not in names:
-                kept.append(self[i])
-        if len(kept) in (0, len(self)):
-            raise UserError(f"--exclude leaves out {len(self) - len(kept)} of {len(self)} pictures")
-        return Records(self.kind, kept, self.by_text)
-
-    def caption_counts(self):
-        """How many captions each picture has, (n,)."""
-        return np.array([len(self[i].captions) for i in range(len(self))])
-
-    def corpus(self):
-        texts = []
-        for i in range(len(self)):
-            texts += self[i].captions if self.kind is Picture else [self[i].text]
-        return texts
+from shards import read_shard
 
 
 def read_splits(names, read):
@@ -82,42 +46,98 @@ def read_splits(names, read):
 def read_pictures(args, image_size, captions=False, paths=None):
     """{split: source} of the pictures that --data names; of training without those that --exclude
     names. captions: they must have captions. paths: other folders than --data, read whole."""
-    if paths:
-        return read_splits(args.splits, lambda split: pictures(paths, split, image_size, captions))
-    names = {line.strip() for line in read_text(args.exclude).splitlines()} if args.exclude else set()
-    found = read_splits(args.splits, lambda split: pictures(args.data, split, image_size, captions))
+    names = set()
+    if args.exclude and not paths:
+        names = {line.strip() for line in reading.read_text(args.exclude).splitlines()}
     if names and args.data == ["shapes"]:
         raise UserError("--exclude: the built-in world has no files")
-    if names and "train" in found:
-        found["train"] = found["train"].without(names)
-    return found
+    read = functools.partial(pictures, paths or args.data, image_size=image_size, captions=captions)
+    return read_splits(
+        args.splits, lambda split: read(split, excluded=names if split == "train" else None)
+    )
 
 
-def pictures(paths, split, image_size, captions=False):
+def pictures(paths, split, image_size, captions=False, excluded=None):
     """The source of pictures that --data names: "shapes", or one or more folders; of training, all
-    must have it.
+    must have it. captions: they must have captions. excluded: names of files to leave out.
 
     UserError, before any work, for missing files; Absent if no folder has the split.
     """
     if list(paths) == ["shapes"]:
         return shapes.World(split, image_size)
-    records, by_text = [], True
+    parts, by_text = [], True
     for folder in paths:
         check_folder(folder)
+        part = folder_pictures(folder, split, captions)
+        if split == "train":
+            part = at_least_one(part, absent([folder], split, captions))
+        parts.append(part)
         file = captions_file(folder, split)
-        if file:
-            read = read_manifest if file.suffix == ".jsonl" else read_karpathy
-            records.append(read(file, split))
-            by_text = by_text and file.suffix == ".jsonl"
-        elif not captions and not any(captions_file(folder, name) for name in SPLITS):
-            records.append((Picture(path, [], path) for path in image_files(folder, split)))
-        elif split == "train":
-            raise Absent(f"--data {folder} has no {' or '.join(caption_files(split))}")
-    source = Records(Picture, itertools.chain.from_iterable(records), by_text)
+        by_text = by_text and not (file and file.suffix == ".json")  # as usual for Karpathy's splits
+    records = itertools.chain.from_iterable(parts)
+    if excluded:
+        records = without(records, excluded)
+    source = Records(Picture, records, by_text)
     if not len(source):
-        raise Absent(f"--data {' '.join(map(str, paths))}: no pictures in split {split}")
-    refuse_missing(source, split)
+        raise absent(paths, split, captions)
     return source
+
+
+def folder_pictures(folder, split, captions):
+    """The pictures of a split in a folder, of the kind that comes first in the list above."""
+    file = captions_file(folder, split)
+    if file:
+        yield from refuse_missing(READERS[file.suffix](file, split), split)
+    elif any(captions_file(folder, name) for name in SPLITS):
+        return  # it has other splits
+    elif shard_files(folder):
+        by_hash = None if has_split_folders(folder) else split
+        for shard in shard_files(folder, split):
+            yield from read_shard(shard, by_hash, captions)
+    elif captions:
+        yield from with_captions(image_files(folder, split), folder)
+    else:
+        for path in image_files(folder, split):
+            yield Picture(path, [], path)
+
+
+def at_least_one(records, error):
+    """The records; raises the error if there are none."""
+    count = 0
+    for count, record in enumerate(records, start=1):
+        yield record
+    if not count:
+        raise error
+
+
+def without(records, names):
+    """The records without those of images of these names. UserError if there are none of them, or
+    no others."""
+    count = kept = 0
+    for count, record in enumerate(records, start=1):
+        if os.path.basename(record.image) not in names:
+            kept += 1
+            yield record
+    if count and kept in (0, count):
+        raise UserError(f"--exclude leaves out {count - kept} of {count} pictures")
+
+
+def absent(paths, split, captions):
+    """The error that there are no such pictures, which says what there is."""
+    data = f"--data {' '.join(map(str, paths))}"
+    known = [name for name in SPLITS if any(has_split(folder, name) for folder in paths)]
+    if split not in known:
+        return Absent(f"{data} has no split {split}, but {', '.join(known)}")
+    if captions:
+        files = ", ".join(caption_files(split))
+        return Absent(f"{data}: no pictures with captions in split {split} ({files}, *.tar, or *.txt)")
+    return Absent(f"{data}: no pictures in split {split}")
+
+
+def has_split(folder, split):
+    if any(captions_file(folder, name) for name in SPLITS):
+        return captions_file(folder, split) is not None
+    return os.path.isdir(os.path.join(folder, split)) or not has_split_folders(folder)
 
 
 def task_folder(paths):
@@ -130,10 +150,9 @@ def task_folder(paths):
 
 def task_records(kind, records, split):
     """The source of a task's records. Absent if there are none, UserError for missing images."""
-    source = Records(kind, records)
+    source = Records(kind, refuse_missing(records, split))
     if not len(source):
         raise Absent(f"--data: split {split} is empty")
-    refuse_missing(source, split)
     return source
 
 
@@ -142,29 +161,60 @@ def check_folder(folder):
         raise UserError(f"--data {folder}: no such folder")
 
 
-def refuse_missing(source, split):
-    """UserError that names the images of a source that do not exist; each folder is listed once."""
-    present = functools.cache(list_folder)
-    paths = {}  # in order, each once
-    for i in range(len(source)):
-        image = source[i].image
-        paths.update(dict.fromkeys([image] if isinstance(image, str) else image))
-    missing = [path for path in paths if os.path.basename(path) not in present(os.path.dirname(path) or ".")]
+# ---- Missing images ------------------------------------------------------------------------------
+
+MANY = 10_000  # missing images that are enough to stop
+
+
+def refuse_missing(records, split):
+    """The records; UserError that names images that do not exist, at the end or when they are
+    MANY."""
+    listing = functools.cache(list_folder)
+    records, missing = iter(records), {}  # in order, each once
+    while len(missing) < MANY and (some := list(itertools.islice(records, AT_ONCE))):
+        yield from some
+        images = []
+        for record in some:
+            images += [record.image] if isinstance(record.image, str) else record.image
+        missing |= dict.fromkeys(missing_images(images, listing))
     if missing:
-        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise UserError(f"{len(missing)} of the {len(paths)} images of split {split} are missing: {names}")
+        names = ", ".join(itertools.islice(missing, 5)) + (", …" if len(missing) > 5 else "")
+        more = " or more" if len(missing) >= MANY else ""
+        raise UserError(f"{len(missing)}{more} images of split {split} are missing: {names}")
+
+
+def missing_images(paths, listing):
+    """The paths that do not exist. listing: list_folder, with a memory: each folder is listed once."""
+    by_folder = collections.defaultdict(list)
+    for path in paths:
+        folder, name = os.path.split(path)
+        by_folder[folder].append(name)
+    missing = []
+    for folder, names in by_folder.items():
+        there = listing(folder or ".")
+        wanted = np.array(list(map(hash, names)))
+        found = there[there.searchsorted(wanted)] == wanted
+        missing += [os.path.join(folder, names[k]) for k in np.flatnonzero(~found)]
+    return missing
 
 
 def list_folder(folder):
-    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    """The hashes of the names in a folder, in order, and a last one that is no name's: int64. They
+    take 8 bytes per name, which a set of the names would take ten times."""
+    hashes = np.empty(0, np.int64)
+    if os.path.isdir(folder):
+        with os.scandir(folder) as entries:
+            hashes = np.fromiter((hash(entry.name) for entry in entries), np.int64)
+    return np.append(np.sort(hashes), np.iinfo(np.int64).max)
 
 
 # ---- Files of captions ---------------------------------------------------------------------------
 
 
 def caption_files(split):
-    """Names of files with captions; a manifest goes before Karpathy's JSON."""
-    return [f"{split}.jsonl", "dataset_coco.json", "dataset_flickr30k.json"]
+    """Names of files with captions; the first that is there is read."""
+    tables = [f"{split}.jsonl", f"{split}.csv", f"{split}.tsv"]
+    return [*tables, "dataset_coco.json", "dataset_flickr30k.json"]
 
 
 def captions_file(folder, split):
@@ -176,119 +226,121 @@ def captions_file(folder, split):
 def read_manifest(path, split):
     """{"image": path below the manifest's folder, "captions": [str, …], "item": optional}, one per
     line."""
-    for where, entry in json_lines(path):
+    for where, entry in reading.json_lines(path):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise UserError(f'{where} needs {{"image": path, "captions": [text, …]}}')
-        item, file = entry.get("item"), str(path.parent / entry["image"])
+        file, item = path_below(path.parent, entry["image"], where), entry.get("item")
         if not isinstance(item, str | int | None):
-            raise UserError(f"{where}: item must be a text or a number, not {json.dumps(item)[:80]}")
-        yield Picture(file, checked_captions(entry.get("captions"), where), file if item is None else str(item))
+            given = json.dumps(item)[:80]
+            raise UserError(f"{where}: item must be a text or a number, not {given}")
+        captions = checked_captions(entry.get("captions"), where)
+        yield Picture(file, captions, file if item is None else str(item))
+
+
+def read_table(path, split):
+    """Rows below a header, separated by tabs if the header has one, else by commas. Rows of one
+    image that follow each other are a picture."""
+    for image, rows in itertools.groupby(table_rows(path), key=lambda row: row[1]):
+        rows = list(rows)
+        file = path_below(path.parent, image, rows[0][0])
+        captions = [caption for _, _, caption in rows]
+        yield Picture(file, captions, file)
+
+
+def table_rows(path):
+    """(where, image, caption) of each row of a table."""
+    lines = (line for _, line in reading.text_lines(path))
+    header = next(lines, "")
+    delimiter = "\t" if "\t" in header else ","
+    rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    try:
+        names = next(rows)
+        columns = [column_of(names, choice, path) for choice in (IMAGE_COLUMNS, CAPTION_COLUMNS)]
+        for row in filter(None, rows):
+            where = f"{path}, line {rows.line_num}"
+            if len(row) != len(names):
+                raise UserError(f"{where} has {len(row)} columns, the header {len(names)}")
+            image, caption = (row[column] for column in columns)
+            yield where, image, caption
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: {error}") from None
+
+
+IMAGE_COLUMNS, CAPTION_COLUMNS = ("filepath", "image"), ("title", "caption")
+
+
+def column_of(names, choice, path):
+    for name in choice:
+        if name in names:
+            return names.index(name)
+    raise UserError(f"{path}: the first line names no column {' or '.join(choice)}")
 
 
 def read_karpathy(path, split):
     """Karpathy's dataset_coco.json or dataset_flickr30k.json; training includes COCO's
     "restval"."""
-    folder = path.parent
-    roots = [folder, folder / "images", folder / "flickr30k-images", folder / "flickr30k_images"]
-    for where, entry in official_records(path, "images"):
-        with malformed(where):
-            name, own = Path(entry.get("filepath", ""), entry["filename"]), entry["split"]
+    below = ["", "images", "flickr30k-images", "flickr30k_images"]
+    roots = [os.path.join(path.parent, name) for name in below]
+    for where, entry in reading.official_records(path, "images"):
+        with reading.malformed(where):
+            name = os.path.join(entry.get("filepath", ""), entry["filename"])
             captions = [sentence["raw"] for sentence in entry["sentences"]]
-        if own == split or (own == "restval" and split == "train"):
-            file = next((root / name for root in roots if (root / name).exists()), folder / name)
-            yield Picture(str(file), checked_captions(captions, where), str(file))
+            own_split = entry["split"]
+        if own_split == split or (own_split == "restval" and split == "train"):
+            files = [path_below(root, name, where) for root in roots]
+            file = next(filter(os.path.exists, files), os.path.join(path.parent, name))
+            yield Picture(file, checked_captions(captions, where), file)
 
 
-def checked_captions(captions, where):
-    """captions; UserError unless they are a list of at least one string (of characters that can be
-    encoded)."""
-    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
-        raise UserError(f"{where}: captions must be a list of at least one string, not {json.dumps(captions)[:80]}")
-    try:
-        "".join(captions).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: a caption is no valid text: {error}") from None
-    return captions
+READERS = {".jsonl": read_manifest, ".csv": read_table, ".tsv": read_table, ".json": read_karpathy}
+
+# ---- Folders of images or shards -----------------------------------------------------------------
 
 
-# ---- JSON ----------------------------------------------------------------------------------------
-
-
-def parse_json(text, where):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: no valid JSON: {error}") from None
-
-
-def read_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def json_lines(path):
-    """(where, value) of each line that is not blank."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield where, parse_json(line, where)
-
-
-def fields(where, entry, **kinds):
-    """The values of a record's fields, of these types. UserError that names the record and the field."""
-    for name, kind in kinds.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
-            raise UserError(f'{where}: "{name}" must be there, a {kind.__name__}')
-    return [entry[name] for name in kinds]
-
-
-def official_records(path, name):
-    """(where, entry) of the list of that name in an official JSON file."""
-    content = parse_json(read_text(path), path)
-    with malformed(path):
-        entries = list(content[name])
-    for number, entry in enumerate(entries):
-        yield f"{path}, {name} {number}", entry
-
-
-@contextlib.contextmanager
-def malformed(where):
-    """Turns what a malformed record of an official file raises into one line that names file and
-    record."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{where} is not as published ({type(error).__name__}: {error})") from None
-
-
-# ---- Folders of images ---------------------------------------------------------------------------
-
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
-
-def files_below(folder, endings):
-    """All files below a folder with one of these endings, in order. UserError for a folder that
-    cannot be read."""
-    found = []
-    for where, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        found += [os.path.join(where, name) for name in names if name.lower().endswith(endings)]
-    return sorted(found)
-
-
-def refuse(error):
-    raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+def has_split_folders(folder):
+    """Whether a folder has a folder per split: `train`, and `val` or `test`."""
+    train, *others = (os.path.isdir(os.path.join(folder, name)) for name in SPLITS)
+    return train and any(others)
 
 
 def image_files(folder, split):
     """Image files of a split below a folder. A folder with `train` and `val` or `test` has a folder
     per split; the files of any other are split by a hash."""
-    if Path(folder, "train").is_dir() and (Path(folder, "val").is_dir() or Path(folder, "test").is_dir()):
-        folder = Path(folder, split)
-        return files_below(folder, IMAGES) if folder.is_dir() else []
-    files = files_below(folder, IMAGES)
-    return [path for path in files if split_by_hash(os.path.relpath(path, folder)) == split]
+    if has_split_folders(folder):
+        if os.path.isdir(os.path.join(folder, split)):
+            yield from files_below(os.path.join(folder, split), IMAGES)
+        return
+    for path in files_below(folder, IMAGES):
+        if split_by_hash(os.path.relpath(path, folder)) == split:
+            yield path
+
+
+def shard_files(folder, split=None):
+    """The shards in a folder, or in its folders of splits (only in that of `split`), in order."""
+    below = [""]
+    if has_split_folders(folder):
+        below = [split] if split else SPLITS
+    found = []
+    for name in below:
+        where = Path(folder, name)
+        found += sorted(map(str, where.glob("*.tar"))) if where.is_dir() else []
+    return found
+
+
+def with_captions(paths, folder):
+    """Pictures of images that have a text file of the same name, whose lines are captions."""
+    count, left_out, first = 0, 0, []
+    for count, path in enumerate(paths, start=1):
+        text = os.path.splitext(path)[0] + ".txt"
+        lines = reading.text_lines(text) if os.path.exists(text) else ()
+        captions = [line.strip() for _, line in lines if line.strip()]
+        if captions:
+            yield Picture(path, captions, path)
+        else:
+            left_out += 1
+            first += [path] if left_out <= 3 else []
+    if left_out < count:
+        reading.print_left_out(folder, left_out, count, first, "a text file with captions")
 
 
 def folder_of_images(path, image_size):
@@ -299,7 +351,9 @@ def folder_of_images(path, image_size):
     check_folder(path)
     if captions_file(path, "test"):
         return pictures([path], "test", image_size)
-    files = files_below(path, IMAGES)
-    if not files:
-        raise UserError(f"{path} has no images ({', '.join(IMAGES)})")
-    return Records(Picture, (Picture(file, [], file) for file in files))
+    shards = map(read_shard, shard_files(path))
+    images = (Picture(file, [], file) for file in files_below(path, IMAGES))
+    source = Records(Picture, itertools.chain(*shards, images))
+    if not len(source):
+        raise UserError(f"{path} has no images ({', '.join(IMAGES)}) and no shards (.tar)")
+    return source

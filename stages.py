@@ -166,7 +166,7 @@ class Text(Stage):
         self.model.requires_grad_(False)
         for module in language_part(self.model):
             module.requires_grad_(True)
-        self.sources = texts.packed(args.data, self.words, args.seed, run)
+        self.sources = texts.packed(args.data, self.words, args.seed)
         self.samples = [self.sources["train"]]
 
     def forward(self, batch):

@@ -6,12 +6,10 @@ Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP].
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import random
-import shutil
-import tempfile
-import uuid
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the loader's forks
@@ -23,9 +21,9 @@ from torch.utils.data import Dataset
 
 import runtime
 import shapes
-from data import SPLITS, split_by_hash
+from data import SPLITS, Corpus, split_by_hash
+from reading import files_below
 from runtime import UserError
-from sources import files_below
 
 IGNORE = -100  # a label that is not predicted
 
@@ -46,14 +44,17 @@ def wordpiece(vocab=None):
 
 
 def train_tokenizer(texts, vocab_size):
-    """WordPiece of at most `vocab_size` entries, trained on a list of texts; the same every time.
+    """WordPiece of at most `vocab_size` entries, trained on texts that are read twice; the same every
+    time.
 
     The library numbers the inner letters ("##a") in the order of a salted hash, unless they are
     given to it in order.
     """
     tokenizer = wordpiece()
-    letters = sorted(set("".join(map(tokenizer.normalizer.normalize_str, texts))) - set(" "))
-    given = SPECIAL + ["##" + letter for letter in letters]
+    letters = set()
+    for text in texts:
+        letters.update(tokenizer.normalizer.normalize_str(text))
+    given = SPECIAL + ["##" + letter for letter in sorted(letters - {" "})]
     trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=given, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return wordpiece(tokenizer.get_vocab())
@@ -98,7 +99,7 @@ def check_tokenizer(tokenizer, path):
 
 def vocabulary(args, config, start, run, corpus):
     """The checkpoint's tokenizer, else --vocab, else a new one of at most config.vocab_size
-    entries, trained on corpus(), a list of texts → Words, and the Config with their number.
+    entries, trained on the texts of corpus() → Words, and the Config with their number.
     UserError if --vocab is not the checkpoint's."""
     given = load_tokenizer(args.vocab) if args.vocab else None
     known = start.tokenizer if start else None
@@ -229,7 +230,7 @@ def text_files(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        files = files_below(path, (".txt",)) if path.is_dir() else [str(path)]
+        files = list(files_below(path, (".txt",))) if path.is_dir() else [str(path)]
         if not files:
             raise UserError(f"{path}: plain text is needed, and there is no *.txt below")
         found += files
@@ -283,7 +284,13 @@ def corpus(paths):
     """Texts to train a vocabulary on: those of split train (of a million documents at most)."""
     if list(paths) == ["shapes"]:
         return shapes.World("train", 0).corpus()
-    return [text for split, text in itertools.islice(read_documents(paths), 10**6) if split == "train"]
+    return Corpus(functools.partial(training_documents, paths))
+
+
+def training_documents(paths):
+    for split, text in itertools.islice(read_documents(paths), 10**6):
+        if split == "train":
+            yield text
 
 
 def pack(texts, words, folder):
@@ -299,29 +306,23 @@ def pack(texts, words, folder):
                 for (split, _), encoding in zip(chunk, encodings):
                     if encoding.ids:
                         np.array([*encoding.ids, words.sep], dtype=token_type(words)).tofile(files[split])
-    except OSError as error:
-        raise UserError(f"{folder}: no room for the tokens ({error}): TMPDIR names another place") from None
     finally:
         os.environ["TOKENIZERS_PARALLELISM"] = parallel
 
 
-def packed(paths, words, seed, run):
-    """{split: Texts}, of the splits that have any. The tokens are in files in the node's temporary
-    folder, unlinked once all processes have them open."""
+def open_packed(words, seed, folder):
+    """{split: Texts} of the files that pack() wrote."""
+    filled = [split for split in SPLITS if (folder / split).stat().st_size]
+    return {split: Texts(folder / split, words, seed) for split in filled}
+
+
+def packed(paths, words, seed):
+    """{split: Texts}, of the splits that have any. The tokens are in files, tokenized once per
+    node."""
     if words.length < 3:
         raise UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
-    folder = Path(tempfile.gettempdir(), run.from_main(lambda: f"vlmo-{uuid.uuid4().hex}"))
-    try:
-        if run.local_rank == 0:
-            folder.mkdir()
-            pack(read_documents(paths), words, folder)
-        run.meet()
-        filled = [split for split in SPLITS if (folder / split).stat().st_size]
-        texts = {split: Texts(folder / split, words, seed) for split in filled}
-        run.meet()
-    finally:
-        if run.local_rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+    fill = functools.partial(pack, read_documents(paths), words)
+    texts = runtime.once_per_node(fill, functools.partial(open_packed, words, seed))
     if "train" not in texts:
         raise UserError(f"{' '.join(paths)}: no text to train on")
     return texts

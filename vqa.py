@@ -5,7 +5,9 @@ Shape letters: b local batch, T text tokens, A answers, D dim.
 
 import collections
 import functools
+import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +20,9 @@ import shapes
 import texts
 from data import Absent, Examples, split_by_hash
 from mome import classifier
+from reading import fields, json_lines, malformed, official_records, path_below
 from runtime import UserError
-from sources import fields, json_lines, malformed, official_records, read_splits, task_folder, task_records
+from sources import read_splits, task_folder, task_records
 from stage import Task, task_flags
 
 
@@ -140,15 +143,15 @@ def read(paths, split, image_size):
         return WorldQuestions(split, image_size)
     folder = task_folder(paths)
     if split == "trainval":
-        rest = [question for question in questions(folder, "val") if not in_minival(question)]
-        return task_records(Question, [*questions(folder, "train"), *rest], split)
+        rest = itertools.filterfalse(in_minival, questions(folder, "val"))
+        return task_records(Question, itertools.chain(questions(folder, "train"), rest), split)
     if split == "minival":
         return task_records(Question, filter(in_minival, questions(folder, "val")), split)
     return task_records(Question, questions(folder, split), split)
 
 
 def in_minival(question):
-    return split_by_hash(question.image.name) == "val"
+    return split_by_hash(os.path.basename(question.image)) == "val"
 
 
 SUBSETS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev": "test-dev2015"}
@@ -175,7 +178,7 @@ def questions(folder, split):
     for where, entry in official_records(path, "questions"):
         with malformed(where):
             text, id = entry["question"], entry["question_id"]
-            image = root / f"COCO_{images}_{entry['image_id']:012d}.jpg"
+            image = os.path.join(root, f"COCO_{images}_{entry['image_id']:012d}.jpg")
             assert isinstance(text, str) and isinstance(id, int), "question and question_id"
         if id in seen:
             raise UserError(f"{path}: question_id {id} comes twice")
@@ -195,17 +198,17 @@ def own_questions(path):
     without = set()
     for number, (where, entry) in enumerate(json_lines(path)):
         image, text = fields(where, entry, image=str, question=str)
-        answers = entry.get("answers")
+        file, answers = path_below(path.parent, image, where), entry.get("answers")
         without.add(answers is None)
         if len(without) > 1:
             raise UserError(f"{where}: answers must be in all lines or in none")
         if answers is None:
-            yield Question(path.parent / image, text, number, None, None, None)
+            yield Question(file, text, number, None, None, None)
             continue
         if not isinstance(answers, list) or not answers or not all(isinstance(one, str) for one in answers):
             raise UserError(f"{where}: answers must be a list of at least one text")
         [(majority, _)] = collections.Counter(answers).most_common(1)
-        yield Question(path.parent / image, text, number, answers * -(-10 // len(answers)), majority, "other")
+        yield Question(file, text, number, answers * -(-10 // len(answers)), majority, "other")
 
 
 def annotations(path):

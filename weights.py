@@ -24,8 +24,8 @@ import checkpoint
 import runtime
 from checkpoint import DAMAGED, group, groups
 from mome import CONFIGS, Config, VLMo, classifier
+from reading import malformed
 from runtime import UserError
-from sources import malformed
 from texts import load_tokenizer
 from vqa import released_answers
 

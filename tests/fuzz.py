@@ -27,6 +27,7 @@ import glue
 import images
 import log
 import nlvr2
+import reading
 import runtime
 import sources
 import test_weights
@@ -177,7 +178,7 @@ def released(folder):
 
     def read():
         state = weights.read_file(folder / "vlmo.pt")
-        with sources.malformed(folder / "vlmo.pt"):
+        with reading.malformed(folder / "vlmo.pt"):
             weights.read_vlmo(state, 4, 20)
 
     return read

@@ -157,8 +157,8 @@ class Pictures(list):
         super().__init__(data.Picture("", texts[i], f"item {i}") for i in range(count))
         self.broken = broken
 
-    def caption_counts(self):
-        return np.array([len(picture.captions) for picture in self])
+    def caption_ends(self):
+        return np.cumsum([len(picture.captions) for picture in self])
 
     def image(self, i, view=None):
         if i in self.broken:

@@ -113,7 +113,7 @@ def test_documents_are_lines_or_paragraphs_split_by_their_text(tmp_path, small_w
     assert [text for _, text in found] == lines
     assert [*found, *found[::-1]] == list(texts.read_documents([tmp_path]))  # both files
     counts = Counter(split for split, _ in found)
-    assert counts.keys() == {"train", "val", "test"} and len(texts.corpus([a])) == counts["train"]
+    assert counts.keys() == {"train", "val", "test"} and len(list(texts.corpus([a]))) == counts["train"]
     found = list(texts.read_documents(["shapes"]))  # a caption per scene
     assert Counter(split for split, _ in found) == shapes.SCENES
     assert found[shapes.SCENES["train"] + 5][1] in shapes.World("val", 0)[5].captions
@@ -138,8 +138,8 @@ def test_text_is_packed_without_loss_and_masked_differently_each_epoch(words, tm
 
 
 def test_packed_text_leaves_no_file_behind_and_needs_text(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(texts.tempfile, "tempdir", str(tmp_path))
-    pack = lambda name: texts.packed([str(tmp_path / name)], words, 0, runtime.Runtime())
+    monkeypatch.setattr(runtime.tempfile, "tempdir", str(tmp_path))
+    pack = lambda name: texts.packed([str(tmp_path / name)], words, 0)
     contents = {"a.txt": b"red", "b.png": b"\x89", "c.txt": b"\xff", "d.txt": b"\n"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)

@@ -1,0 +1,116 @@
+"""Shards: .tar files as img2dataset and WebDataset write them. Members that follow each other and
+differ only in their ending are a sample: KEY.jpg, KEY.txt with a caption per line, or KEY.json with
+its "caption". An image stays where it is in the file, so a shard is neither unpacked nor read in
+order.
+"""
+
+import itertools
+import os
+import tarfile
+
+from data import Picture, split_by_hash
+from reading import IMAGES, checked_captions, parse_json, path_below, print_left_out
+from runtime import UserError
+
+
+def read_shard(path, split=None, captions=False):
+    """The pictures of a shard's samples. split: only of those that a hash of their key gives to it.
+    captions: only of those that have one. Samples that are left out are counted on stderr.
+
+    UserError for a shard that is cut off or damaged.
+    """
+    count, left_out = 0, []
+    with open_file(path) as file:
+        for key, group in itertools.groupby(members(path, file), sample_key):
+            if split and split_by_hash(key) != split:
+                continue
+            sample = {ending(member): member for member in group}
+            image = next((sample[end] for end in sample if end in IMAGES), None)
+            texts = sample_captions(path, file, sample)
+            count += 1
+            if image and (texts or not captions):
+                name = f"{path}/{image.name}"
+                yield Picture(name, texts, name, (path, image.offset_data, image.size))
+            else:
+                left_out.append(key)
+    needed = "an image and a caption" if captions else "an image"
+    print_left_out(path, len(left_out), count, left_out[:3], needed)
+
+
+def sample_key(member):
+    """The name up to the first dot that follows the folders."""
+    folder, slash, name = member.name.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def ending(member):
+    """What follows the key, in small letters."""
+    return member.name[len(sample_key(member)) :].lower()
+
+
+def sample_captions(path, file, sample):
+    """sample: {ending: member}."""
+    if ".txt" in sample:
+        member = sample[".txt"]
+        where = f"{path}, member {member.name}"
+        try:
+            lines = read_member(file, member).decode().split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: no UTF-8 text: {error}") from None
+        texts = list(filter(None, map(str.strip, lines)))
+    elif ".json" in sample:
+        member = sample[".json"]
+        where = f"{path}, member {member.name}"
+        entry = parse_json(read_member(file, member), where)
+        caption = entry.get("caption") if isinstance(entry, dict) else None
+        texts = [caption] if caption else []
+    else:
+        texts = []
+    return checked_captions(texts, where) if texts else []
+
+
+def read_member(file, member):
+    file.seek(member.offset_data)
+    return file.read(member.size)
+
+
+# ---- Members -------------------------------------------------------------------------------------
+
+BLOCK = 512  # bytes, of which a .tar file consists; one of zeros ends it
+DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, ArithmeticError, TypeError)
+DAMAGED += (AttributeError, RecursionError, MemoryError)
+
+
+def open_file(path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def members(path, file):
+    """The regular files in a shard, each a TarInfo: its name, offset_data and size."""
+    length, last = os.fstat(file.fileno()).st_size, "its start"
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # it would keep all of them
+                check_member(path, member, length)
+                last = member.name
+                if member.isreg():
+                    yield member
+            file.seek(tar.offset)
+            if file.read(BLOCK) != bytes(BLOCK):
+                raise UserError(f"{path} is cut off or damaged after {last}")
+    except DAMAGED as error:
+        raise UserError(f"{path} is damaged after {last}: {error}") from None
+
+
+def check_member(path, member, length):
+    """UserError for a member that is not a whole regular file, or a folder, below the shard."""
+    where = f"{path}, member {member.name}"
+    path_below(path, member.name, where)
+    if member.issparse() or not (member.isreg() or member.isdir()):
+        raise UserError(f"{where} is no regular file")
+    if member.offset_data + member.size > length:
+        raise UserError(f"{where} is cut off: the shard is not whole")
