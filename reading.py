@@ -62,6 +62,7 @@ def parse_json(text, where):
 
 def json_lines(path):
     """(where, value) of each line that is not blank."""
+    path = str(path)
     for number, line in text_lines(path):
         if line.strip():
             where = f"{path}, line {number}"
@@ -110,7 +111,8 @@ def official_records(path, name):
 
 
 BLANK = re.compile(r"[ \t\n\r]*")
-LARGEST = 2**26  # characters of a value that is held as a whole
+PIECE = 2**20  # characters that are read at once, at least
+LARGEST = 2**26  # characters of a value, about
 
 
 class LargeJSON:
@@ -123,7 +125,7 @@ class LargeJSON:
     def more(self):
         """Reads on, so much that what is not done is doubled at least. False at the end of the file."""
         rest = self.piece[self.at :]
-        new = self.file.read(max(2**20, len(rest)))
+        new = self.file.read(max(PIECE, len(rest)))
         if new:
             self.piece, self.at = rest + new, 0
         return bool(new)
@@ -150,7 +152,8 @@ class LargeJSON:
                 if len(self.piece) - self.at > LARGEST or not self.more():
                     raise
             else:
-                if end < len(self.piece) or not self.more():  # a number could go on
+                # A number could go on with what follows: 1 with "e+", but not with three signs
+                if end + 2 < len(self.piece) or not self.more():
                     self.at = end
                     return value
 

@@ -226,10 +226,11 @@ def captions_file(folder, split):
 def read_manifest(path, split):
     """{"image": path below the manifest's folder, "captions": [str, …], "item": optional}, one per
     line."""
+    folder = str(path.parent)  # paths are slow: these lines run millions of times
     for where, entry in reading.json_lines(path):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise UserError(f'{where} needs {{"image": path, "captions": [text, …]}}')
-        file, item = path_below(path.parent, entry["image"], where), entry.get("item")
+        file, item = path_below(folder, entry["image"], where), entry.get("item")
         if not isinstance(item, str | int | None):
             given = json.dumps(item)[:80]
             raise UserError(f"{where}: item must be a text or a number, not {given}")
@@ -240,9 +241,10 @@ def read_manifest(path, split):
 def read_table(path, split):
     """Rows below a header, separated by tabs if the header has one, else by commas. Rows of one
     image that follow each other are a picture."""
+    folder = str(path.parent)
     for image, rows in itertools.groupby(table_rows(path), key=lambda row: row[1]):
         rows = list(rows)
-        file = path_below(path.parent, image, rows[0][0])
+        file = path_below(folder, image, rows[0][0])
         captions = [caption for _, _, caption in rows]
         yield Picture(file, captions, file)
 
