@@ -148,3 +148,100 @@ def test_an_image_folder_is_split_by_a_hash_or_by_folders(tmp_path):
     assert images(sorted_) == paths
     manifest(sorted_, GOOD | {"image": "val/a.png"})  # then it is a folder of pairs
     assert images(sorted_) == {"train": paths["val"]}
+
+
+# ---- Tables, text files, splits ------------------------------------------------------------------
+
+
+def records(folder, split="train", captions=True):
+    source = sources.pictures([folder], split, 8, captions)
+    return [(os.path.basename(source[i].image), source[i].captions) for i in range(len(source))]
+
+
+def test_tables_with_two_named_columns(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"images/{name}.png")
+    rows = 'n,title,filepath\r\n1,"a, ""b""\nc",images/a.png\r\n\r\n2,é,images/a.png\r\n3,,images/b.png\r\n4,d,images/a.png'
+    (tmp_path / "train.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
+    assert records(tmp_path) == [("a.png", ['a, "b"\nc', "é"]), ("b.png", [""]), ("a.png", ["d"])]
+    (tmp_path / "val.tsv").write_text("image\tcaption\nimages/b.png\tone, two\n")
+    (tmp_path / "test.csv").write_text("filepath\ttitle\nimages/b.png\tone, two\n")  # open_clip's
+    assert records(tmp_path, "val") == records(tmp_path, "test") == [("b.png", ["one, two"])]
+    manifest(tmp_path, GOOD | {"image": "images/a.png"})  # a manifest goes first
+    assert records(tmp_path) == [("a.png", ["x"])]
+
+
+@pytest.mark.parametrize(
+    "content, wrong",
+    [
+        (b"filepath,title\na.png,x\na.png\n", "line 3"),
+        (b"filepath,title\na.png,x\n\na.png,x,y\n", "line 4"),
+        (b"filepath,title\na.png,\xff\n", "line 2"),
+        (b'filepath,title\na.png,"x" y\n', "line 2"),
+        (b'filepath,title\na.png,x\na.png,"x\n', "line 3"),
+        (b"filepath,title\n../a.png,x\n", "line 2"),
+        (b"filepath,title\nb.png,x\n", "b.png"),
+        (b"filepath,url\na.png,x\n", "title"),
+        ("filepath,title\na.png,x\n".encode("utf-16"), "line 1"),
+        (b"filepath,title\n", "no pictures"),
+        (b"", "filepath"),
+    ],
+)
+def test_a_wrong_table_is_refused_by_file_and_row(tmp_path, content, wrong):
+    picture(tmp_path / "a.png")
+    (tmp_path / "train.csv").write_bytes(content)
+    with pytest.raises(UserError, match=wrong):
+        records(tmp_path)
+
+
+def test_texts_next_to_images_are_captions(tmp_path, capsys):
+    for name in "abc":
+        picture(tmp_path / f"train/{name}.jpg")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(data.Absent):  # images only
+        records(tmp_path)
+    (tmp_path / "train/a.txt").write_text("one\n\n two \n")
+    (tmp_path / "train/b.txt").write_text("\n")
+    assert records(tmp_path) == [("a.jpg", ["one", "two"])]
+    assert "2 of 3" in capsys.readouterr().err
+    assert records(tmp_path, captions=False) == [(f"{name}.jpg", []) for name in "abc"]
+    (tmp_path / "train/b.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="b.txt, line 1"):
+        records(tmp_path)
+
+
+def test_a_path_outside_the_folder_is_refused_but_a_link_inside_is_not(tmp_path):
+    folder = tmp_path / "pairs"
+    picture(tmp_path / "a.png")
+    folder.mkdir()
+    for name in ("../a.png", str(tmp_path / "a.png")):
+        manifest(folder, GOOD | {"image": name})
+        with pytest.raises(UserError, match="line 1"):
+            records(folder)
+        karpathy(folder, "coco", entry(name, "test", "A dog."))
+        with pytest.raises(UserError, match="images 0"):
+            records(folder, "test")
+    (folder / "a.png").symlink_to(tmp_path / "a.png")
+    manifest(folder, GOOD)
+    assert records(folder) == [("a.png", ["x"])]
+
+
+def test_a_split_that_is_not_there_names_those_that_are(tmp_path):
+    picture(tmp_path / "a.png")
+    for split in ("train", "test"):
+        manifest(tmp_path, GOOD, split=split)
+    for split in ("val", "valid"):
+        with pytest.raises(data.Absent, match="train, test"):
+            records(tmp_path, split)
+
+
+def test_missing_images_are_named_up_to_five(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    lines = [GOOD | {"image": f"{k % 20}.png"} for k in range(30)]
+    manifest(tmp_path, GOOD, *lines)
+    with pytest.raises(UserError, match=r"20 images .*/0.png, .*/4.png, …"):
+        records(tmp_path)
+    monkeypatch.setattr(sources, "MANY", 3)
+    monkeypatch.setattr(sources, "AT_ONCE", 2)
+    with pytest.raises(UserError, match=r"3 or more images"):
+        records(tmp_path)

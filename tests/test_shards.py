@@ -1,0 +1,147 @@
+"""Shards of img2dataset and WebDataset."""
+
+import io
+import json
+import os
+import tarfile
+
+import pytest
+from PIL import Image
+
+import data
+import images
+import retrieval
+import shards
+import sources
+from runtime import UserError
+
+
+def png(level):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_shard(path, members, form=tarfile.GNU_FORMAT):
+    """members: {name: bytes, or a TarInfo}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, content in members.items():
+            member = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            member.size = 0 if content is member else len(content)
+            tar.addfile(member, io.BytesIO(b"" if content is member else content))
+
+
+def samples(count, start=0):
+    """Members of samples as img2dataset writes them; the level of an image is its number."""
+    members = {}
+    for i in range(start, start + count):
+        members |= {f"{i:09d}.png": png(i), f"{i:09d}.txt": f"picture {i}".encode()}
+        members[f"{i:09d}.json"] = json.dumps({"caption": f"picture {i}"}).encode()
+    return members
+
+
+def records(folder, split="train", captions=True):
+    source = sources.pictures([folder], split, 8, captions)
+    return [source[i] for i in range(len(source))], source
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_a_shard_s_images_are_read_where_they_are(tmp_path, form):
+    path = tmp_path / "train/00000.tar"
+    folder = "é" * 40 if form == tarfile.USTAR_FORMAT else "é" * 120  # a long name has headers of its own
+    other = {f"{folder}/x.seg.png": b"", f"{folder}/x.PNG": png(77), f"{folder}/x.json": b'{"caption": "77"}'}
+    write_shard(path, samples(3) | other | {"z.png": png(9), "z.txt": b"one\n\ntwo \n"}, form)
+    (tmp_path / "val").mkdir()
+    found, source = records(tmp_path)
+    assert [record.captions for record in found] == [
+        ["picture 0"], ["picture 1"], ["picture 2"], ["77"], ["one", "two"],
+    ]  # fmt: skip
+    assert [source.image(i).getpixel((3, 3))[0] for i in range(5)] == [0, 1, 2, 77, 9]
+    assert found[1].image == found[1].item == f"{path}/000000001.png"
+    assert found[3].image == f"{path}/{folder}/x.PNG"
+    with pytest.raises(data.Absent):
+        records(tmp_path, "val")
+
+
+def test_shards_without_folders_are_split_by_a_hash_of_the_key(tmp_path):
+    write_shard(tmp_path / "b.tar", samples(100, start=100))
+    write_shard(tmp_path / "a.tar", samples(100))
+    found = {split: records(tmp_path, split)[0] for split in data.SPLITS}
+    numbers = [int(os.path.basename(record.image)[:9]) for record in sum(found.values(), [])]
+    assert sorted(numbers) == list(range(200)) and len(found["train"]) > 180
+    assert found["val"] and found["test"]
+    train = [record.image for record in found["train"]]
+    assert train == sorted(train)
+    assert len(sources.folder_of_images(tmp_path, 8)) == 200
+
+    stamps = [retrieval.stamp_of_image(record) for record in found["val"]]
+    os.utime(tmp_path / "a.tar", (1, 1))
+    os.utime(tmp_path / "b.tar", (1, 1))
+    assert len(set(stamps + [retrieval.stamp_of_image(record) for record in found["val"]])) == 2 * len(stamps)
+
+
+def test_items_of_a_shard_can_be_excluded(tmp_path):
+    write_shard(tmp_path / "train/0.tar", samples(3))
+    (tmp_path / "test").mkdir()
+    source = sources.pictures([tmp_path], "train", 8, True, {"000000001.png"})
+    assert [source[i].captions for i in range(len(source))] == [["picture 0"], ["picture 2"]]
+
+
+def test_samples_without_image_or_caption_are_counted_once(tmp_path, capsys):
+    members = {"a.txt": b"a", "b.png": png(1), "c.png": png(2), "c.txt": b"\n", "d.json": b"{}"}
+    members |= {"e.png": png(3), "e.json": b'{"caption": null}', "f.png": png(4), "f.txt": b"f"}
+    write_shard(tmp_path / "0.tar", members)
+    found = list(shards.read_shard(str(tmp_path / "0.tar"), captions=True))
+    assert [record.captions for record in found] == [["f"]]
+    [line] = capsys.readouterr().err.splitlines()
+    assert "0.tar: 5 of 6 samples" in line
+    assert len(list(shards.read_shard(str(tmp_path / "0.tar")))) == 4
+
+
+def test_a_shard_that_is_cut_is_refused_wherever_it_is_cut(tmp_path):
+    path = tmp_path / "0.tar"
+    write_shard(path, samples(2))
+    whole = path.read_bytes().rstrip(b"\0")
+    ends = -(-len(whole) // 512) * 512  # of the last member
+    for end in range(0, ends + 512, 64):
+        path.write_bytes(whole.ljust(end, b"\0")[:end])
+        with pytest.raises(UserError, match="0.tar"):
+            list(shards.read_shard(str(path)))
+    path.write_bytes(whole.ljust(ends + 512, b"\0"))
+    assert len(list(shards.read_shard(str(path)))) == 2
+
+
+def link(kind):
+    member = tarfile.TarInfo("a.png")
+    member.type, member.linkname = kind, "/etc/passwd"
+    return member
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"../a.png": b""},
+        {"/a.png": b""},
+        {"a.png": link(tarfile.SYMTYPE)},
+        {"a.png": link(tarfile.FIFOTYPE)},
+        {"a.png": b"", "a.txt": b"\xff"},
+        {"a.png": b"", "a.json": b"{"},
+        {"a.png": b"", "a.json": b'{"caption": 5}'},
+    ],
+)
+def test_a_member_that_is_wrong_is_refused(tmp_path, members):
+    write_shard(tmp_path / "0.tar", samples(1) | members)
+    with pytest.raises(UserError, match="0.tar, member"):
+        list(shards.read_shard(str(tmp_path / "0.tar")))
+
+
+def test_a_broken_image_in_a_shard_is_unreadable_and_named(tmp_path):
+    write_shard(tmp_path / "train/0.tar", {"a.png": png(1)[:40], "a.txt": b"a"})
+    (tmp_path / "val").mkdir()
+    _, source = records(tmp_path)
+    with pytest.raises(images.Unreadable, match="0.tar/a.png"):
+        source.image(0)
+    os.remove(tmp_path / "train/0.tar")
+    with pytest.raises(images.Unreadable):
+        source.image(0)
