@@ -40,7 +40,8 @@ def text_lines(path):
 def checked_captions(captions, where):
     """captions; UserError unless they are a list of at least one string (of characters that can be
     encoded)."""
-    if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
+    texts = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
+    if not texts or not captions:
         given = json.dumps(captions)[:80]
         raise UserError(f"{where}: captions must be a list of at least one string, not {given}")
     try:

@@ -27,7 +27,7 @@ from data import SPLITS, Absent, Picture, split_by_hash
 from reading import IMAGES, checked_captions, files_below, path_below
 from records import AT_ONCE, Records
 from runtime import UserError
-from shards import read_shard
+from shards import read_shards
 
 
 def read_splits(names, read):
@@ -92,8 +92,7 @@ def folder_pictures(folder, split, captions):
         return  # it has other splits
     elif shard_files(folder):
         by_hash = None if has_split_folders(folder) else split
-        for shard in shard_files(folder, split):
-            yield from read_shard(shard, by_hash, captions)
+        yield from read_shards(shard_files(folder, split), by_hash, captions)
     elif captions:
         yield from with_captions(image_files(folder, split), folder)
     else:
@@ -353,9 +352,8 @@ def folder_of_images(path, image_size):
     check_folder(path)
     if captions_file(path, "test"):
         return pictures([path], "test", image_size)
-    shards = map(read_shard, shard_files(path))
     images = (Picture(file, [], file) for file in files_below(path, IMAGES))
-    source = Records(Picture, itertools.chain(*shards, images))
+    source = Records(Picture, itertools.chain(read_shards(shard_files(path)), images))
     if not len(source):
         raise UserError(f"{path} has no images ({', '.join(IMAGES)}) and no shards (.tar)")
     return source

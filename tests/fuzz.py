@@ -8,6 +8,8 @@ one of another kind), and reads it. The same seed gives the same cases.
 
 import argparse
 import collections
+import contextlib
+import csv
 import io
 import json
 import random
@@ -30,6 +32,7 @@ import nlvr2
 import reading
 import runtime
 import sources
+import test_shards
 import test_weights
 import texts
 import vqa
@@ -94,6 +97,46 @@ def karpathy(folder):
     image = {"filepath": "val2014", "filename": "a.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}
     write_json(folder / "dataset_coco.json", content={"images": [image]})
     return lambda: records(sources.pictures([folder], "train", 8))
+
+
+@reader("csv", "train.csv")
+def table(folder, ending=".csv", delimiter=","):
+    write_images(folder, ["a.png", "b.png"])
+    rows = [["filepath", "title"], ["a.png", "a dog"], ["a.png", '"dogs"'], ["b.png", "a cat"]]
+    with open(folder / f"train{ending}", "w", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return lambda: records(sources.pictures([folder], "train", 8))
+
+
+@reader("tsv", "train.tsv")
+def table_with_tabs(folder):
+    return table(folder, ".tsv", "\t")
+
+
+@reader("shard", "train/0.tar")
+def shard(folder):
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(content, "PNG")
+    members = {"a.png": content.getvalue(), "a.txt": b"a dog\ndogs", "b.json": b'{"caption": "a cat"}'}
+    members |= {"b.png": content.getvalue(), "long" * 40 + ".png": content.getvalue()}
+    test_shards.write_shard(folder / "train/0.tar", members)
+    (folder / "val").mkdir()
+
+    def read():
+        source = sources.pictures([folder], "train", 8)
+        for i in range(len(source)):
+            with contextlib.suppress(images.Unreadable):
+                source.image(i)
+
+    return read
+
+
+@reader("text next to an image", "train/a.txt")
+def text_of_image(folder):
+    write_images(folder, ["train/a.png", "train/b.png", "val/c.png"])
+    for name in "ab":
+        (folder / f"train/{name}.txt").write_text("a dog\ntwo dogs\n")
+    return lambda: records(sources.pictures([folder], "train", 8, captions=True))
 
 
 @reader("VQA 2.0's questions", "v2_OpenEnded_mscoco_train2014_questions.json")
