@@ -3,8 +3,9 @@
 A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; `source.image(i)`,
 an RGB image or a tuple of two, or `source.image(i, view)`, for a training view of that side; and `source.drawn`, True for the built-in world, whose images are
 augmented only if that is asked for, and never mirrored. Sources with text also have
-`source.corpus()`, texts to train a vocabulary on, which can be read more than once. Every random choice about a sample is a function
-of (seed, epoch, index), so the order of workers does not matter.
+`source.corpus()`, texts to train a vocabulary on, which can be read more than once; those of
+pictures with captions, `source.caption_ends()`. Every random choice about a sample is a function of
+(seed, epoch, index), so the order of workers does not matter.
 
 Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of an image in
 pixels.
@@ -32,15 +33,15 @@ class Picture(NamedTuple):
     """A record of a picture and its captions, or none. Pictures of one item are no negatives of
     each other."""
 
-    image: str  # the path, or a name
+    image: str  # the path, or a name; in a shard, SHARD.tar/NAME
     captions: list
     item: str
     at: tuple = None  # of an image in a shard: (file, offset, size)
 
 
 class Corpus:
-    """Texts to train a vocabulary on. They can be read more than once, and are never all in memory:
-    each part is a function, whose texts are read anew."""
+    """Texts to train a vocabulary on, which can be read more than once and are never all in memory.
+    Each part is a function; its texts come one after the other."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -159,7 +160,7 @@ class Pairs(Images):
     def __init__(self, source, words, image_size, args, hide=None):
         super().__init__(source, image_size, args, "randaugment", hide)
         self.words = words
-        self.ends = source.caption_ends()
+        self.ends = source.caption_ends()  # where the pairs of each picture end
 
     def __len__(self):
         return int(self.ends[-1])
@@ -228,7 +229,7 @@ def shuffled(places, length, key):
 
     The range fills a table row by row. A round shifts each row, and then each column, by a hash of
     its number: a Feistel network (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-    The table can have a few cells too many; who lands there is shuffled again until he is inside.
+    The table can have a few cells too many; what lands there is shuffled again until it is inside.
     """
     rows = np.uint64(math.isqrt(length - 1) + 1)
     columns = np.uint64(-(-length // int(rows)))
@@ -246,7 +247,7 @@ def shuffled(places, length, key):
 
 
 def scramble(x):
-    """Hashes of numbers: uint64 (n,) → uint64 (n,) below 2³³. Steele et al.'s SplitMix64, 2014."""
+    """Hashes of numbers: uint64 (n,) → uint64 (n,) below 2³³. As in SplitMix64 (Steele et al., 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x >> np.uint64(31)  # numbers of 33 bits: a sum with one does not overflow

@@ -356,6 +356,7 @@ REFUSED = "refused"  # the file in such a folder that holds the error instead of
 
 
 def fill_or_note_error(fill, folder):
+    """Fills a new folder. A UserError is left in it, for all processes to raise."""
     folder.mkdir()
     try:
         fill(folder)

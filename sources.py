@@ -51,15 +51,16 @@ def read_pictures(args, image_size, captions=False, paths=None):
         names = {line.strip() for line in reading.read_text(args.exclude).splitlines()}
     if names and args.data == ["shapes"]:
         raise UserError("--exclude: the built-in world has no files")
-    read = functools.partial(pictures, paths or args.data, image_size=image_size, captions=captions)
+    paths = paths or args.data
     return read_splits(
-        args.splits, lambda split: read(split, excluded=names if split == "train" else None)
+        args.splits, lambda split: pictures(paths, split, image_size, captions, names)
     )
 
 
-def pictures(paths, split, image_size, captions=False, excluded=None):
+def pictures(paths, split, image_size, captions=False, excluded=()):
     """The source of pictures that --data names: "shapes", or one or more folders; of training, all
-    must have it. captions: they must have captions. excluded: names of files to leave out.
+    must have it. captions: they must have captions. excluded: names of files that training leaves
+    out.
 
     UserError, before any work, for missing files; Absent if no folder has the split.
     """
@@ -75,7 +76,7 @@ def pictures(paths, split, image_size, captions=False, excluded=None):
         file = captions_file(folder, split)
         by_text = by_text and not (file and file.suffix == ".json")  # as usual for Karpathy's splits
     records = itertools.chain.from_iterable(parts)
-    if excluded:
+    if excluded and split == "train":
         records = without(records, excluded)
     source = Records(Picture, records, by_text)
     if not len(source):
