@@ -6,10 +6,10 @@ order.
 
 import functools
 import itertools
-import multiprocessing
 import os
 import signal
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
 
 from data import Picture, split_by_hash
 from reading import IMAGES, checked_captions, parse_json, path_below, print_left_out
@@ -23,8 +23,8 @@ def read_shards(paths, split=None, captions=False):
         return
     read = functools.partial(list_shard, split=split, captions=captions)
     cores = os.cpu_count() or 1
-    quiet = signal.SIGINT, signal.SIG_IGN  # Ctrl-C ends this process, and with it the pool
-    with multiprocessing.Pool(min(cores, len(paths)), signal.signal, quiet) as pool:
+    quiet = signal.SIGINT, signal.SIG_IGN  # Ctrl-C ends this process, and with it the others
+    with ProcessPoolExecutor(min(cores, len(paths)), None, signal.signal, quiet) as pool:
         for first in range(0, len(paths), cores):
             for found in pool.map(read, paths[first : first + cores]):
                 yield from found
