@@ -68,8 +68,10 @@ def use(rank, world, port, folder, draws):
     drawn = time.perf_counter() - start - ready
     after = memory()
     grown = ", ".join(f"{name} {after[name] - before[name]}" for name in after)
+    disk = os.fstat(source.lines.fileno()).st_size + source.line_ends.nbytes + source.text_ends.nbytes
     print(f"process {rank}: {len(pairs)} pairs, first batch after {ready:.1f} s, "
-          f"{1e6 * drawn / draws:.0f} µs per record; MB: {grown}", flush=True)  # fmt: skip
+          f"{1e6 * drawn / draws:.0f} µs per record; MB: {grown}; "
+          f"temporary files {disk / 1e6:.0f} MB", flush=True)  # fmt: skip
     dist.destroy_process_group()
 
 
