@@ -134,8 +134,8 @@ class Probe(Classify):
         """Standardises each feature over the first 4,096 pictures; in MAE a BatchNorm does it."""
         self.to(run.device).eval()
         sums = 0.0
-        for [(batch,)] in Loader(self.samples, args, run):
-            x = self.features(batch["image"]).double()  # (b, D)
+        for parts in Loader(self.samples, args, run):
+            x = torch.cat([self.features(batch["image"]) for (batch,) in parts]).double()  # (b, D)
             sums = sums + torch.stack([torch.ones_like(x), x, x.square()]).sum(1)  # (3, D)
             count, total, squares = losses.gather(sums[None]).sum(0)  # (D,) each
             if count[0] >= 4096:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import losses
 from images import AUGMENTATIONS, GRAY, Unreadable, augment, resize, to_tensor
-from runtime import UserError, at_least, loader_workers
+from runtime import UserError, at_least, workers
 
 
 class Picture(NamedTuple):
@@ -71,8 +71,8 @@ def flags(parser, images=None, text=False, exclude=True):
     if text:
         known = "(default: the checkpoint's, or a new one)"
         group.add_argument("--vocab", metavar="FILE", help=f"vocab.txt or tokenizer.json {known}")
-    workers = "loader processes per training process (default: by the cores; on a CPU 0)"
-    group.add_argument("--workers", type=at_least(0), metavar="N", help=workers)
+    usual = "loader processes per training process (default: by the cores; on a CPU 0)"
+    group.add_argument("--workers", type=at_least(0), metavar="N", help=usual)
 
 
 # ---- Training samples ----------------------------------------------------------------------------
@@ -282,9 +282,7 @@ def stack(views):
 def pictures(source, batches, size, device):
     """For each list of numbers in batches: uint8 (n, 3, S, S), or pairs (n, 2, 3, S, S). Unreadable
     if one is."""
-    loader = DataLoader(
-        Views(source, size), batch_sampler=batches, num_workers=loader_workers(device), collate_fn=stack
-    )
+    loader = DataLoader(Views(source, size), batch_sampler=batches, collate_fn=stack, **workers(device))
     for views in loader:
         if isinstance(views, str):
             raise Unreadable(views)

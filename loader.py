@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import IN_A_ROW, Order
-from runtime import UserError, loader_workers
+from runtime import UserError, workers
 from texts import IGNORE, cut
 
 
@@ -29,13 +29,13 @@ class Loader:
         if rest:
             parts = f"{run.world} processes × {self.parts} parts (--accumulate)"
             raise UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
-        workers = loader_workers(run.device) if args.workers is None else args.workers
+        processes = workers(run.device, args.workers)
         self.loaders = []
         for data_set in samples:
             if args.batch_size > len(data_set):
                 raise UserError(f"--batch-size {args.batch_size} is more than there are samples: {len(data_set)} at most")
             order = Order(len(data_set), local, run.rank, run.world, args.seed, start * self.parts)
-            loader = DataLoader(data_set, batch_sampler=order, num_workers=workers, pin_memory=run.device.type == "cuda")
+            loader = DataLoader(data_set, batch_sampler=order, pin_memory=run.device.type == "cuda", **processes)
             self.loaders.append(iter(loader))
 
     def __iter__(self):

@@ -228,7 +228,7 @@ def embed_pictures(model, source, numbers, device):
     """Pictures of a source by number → unit vectors (n, D), NaN for one that is unreadable, which
     is named."""
     views = Subset(Views(source, model.config.image_size), numbers)
-    loader = DataLoader(views, 64, num_workers=runtime.loader_workers(device), collate_fn=list)
+    loader = DataLoader(views, 64, collate_fn=list, **runtime.workers(device))
     out = []
     for batch in tqdm(loader, leave=False, disable=len(numbers) < 1000):
         vectors = torch.full((len(batch), model.config.dim), torch.nan)

@@ -113,7 +113,7 @@ def out_of_memory(error):
 
 
 TO_MEET = datetime.timedelta(minutes=10)  # for all processes to start
-WHILE_READING = datetime.timedelta(hours=2)  # the others wait while one process reads a whole corpus
+WHILE_READING = datetime.timedelta(hours=4)  # the others wait while one process reads a whole corpus
 
 
 class Runtime:
@@ -247,11 +247,15 @@ class Signals:
         return self.agreed
 
 
-def loader_workers(device):
-    """Default number of loader processes per training process. On a CPU they would take the cores
-    that compute."""
-    if torch.device(device).type != "cuda":
-        return 0
+def workers(device, count=None):
+    """The arguments of a DataLoader that say how many processes it forks. count: None, the cores that
+    this process may use, but one; on a CPU 0, because they would take the cores that compute."""
+    if count is None:
+        count = spare_cores() if torch.device(device).type == "cuda" else 0
+    return {"num_workers": count, "multiprocessing_context": "fork" if count else None}
+
+
+def spare_cores():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
 

@@ -121,6 +121,7 @@ def test_the_benchmark_prints_tables_and_writes_its_numbers(tmp_path, monkeypatc
     monkeypatch.setattr(bench, "matmul_peak", lambda run: 1e12)
     monkeypatch.setattr(bench, "VIEWS", 2)
     flags = ["--config", "tiny", "--batch-size", 2, "--amp", "off", "--repeats", 1, "--out", out]
+    flags += ["--only", "step", "positions", "parts", "momo", "retrieval", "loader"]
     call(monkeypatch, bench, *flags)
     found, said = json.loads(out.read_text()), capsys.readouterr().out
     assert all(title in said for title in found.keys() - {"device", "torch"})
@@ -140,3 +141,8 @@ def test_what_a_sample_costs(monkeypatch):
         assert 0 < row["with --recompute"] < row["MB a sample"] and row["TFLOP a sample"] > 0
     text, vl, dual, vqa = (row["TFLOP a sample"] for row in rows)
     assert vl > 3 * vqa and vl > 3 * dual  # four pairs are fused, and both are encoded
+
+
+def test_the_memory_of_a_process_is_that_of_its_own_step():
+    plain, other = bench.bench_process({"a": {}, "b": {"parts": 2}}, "tiny", 2, "off")
+    assert plain["÷ a"] == 1 and plain["process, MB"] > 20 and 0.5 < other["÷ a"] < 2
