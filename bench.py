@@ -11,6 +11,7 @@ Shape letters as in losses.py; T text tokens, N patches, S rows of a sequence, H
 """
 
 import dataclasses
+import gc
 import itertools
 import json
 import multiprocessing
@@ -60,8 +61,14 @@ def alternate(sides, repeats, device):
             wait()
             seconds[name].append(time.perf_counter() - began)
             del work
-            torch.compiler.reset()
+            clear()
     return seconds
+
+
+def clear():
+    """Frees sides that are gone; compiled and recomputed ones hold themselves."""
+    torch.compiler.reset()
+    gc.collect()
 
 
 def median_ratio(a, b):
@@ -130,6 +137,7 @@ def bench_step(kinds, name, b, run, repeats):
             "days for 204.8 M pairs": PAPER_PAIRS * median / b / 86_400,
         })  # fmt: skip
         del side
+        clear()
     return rows
 
 
@@ -156,6 +164,20 @@ def two_steps(name, b, amp, arguments):
 def peak_memory():
     [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1e3  # MB; Linux counts in KB
+
+
+def bench_operators(name, b, run):
+    """The share of each operator in the time of a step, the largest first, and how often it runs."""
+    side = Side(name, b, run)
+    side()
+    with profiler.profile() as profile:
+        side()
+    total = sum(event.self_cpu_time_total for event in profile.key_averages())
+    rows = []
+    for event in sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)[:12]:
+        share = event.self_cpu_time_total / total
+        rows.append({"operator": event.key.removeprefix("aten::"), "share": share, "calls": event.count})
+    return rows
 
 
 def bench_retrieval(name, run, repeats):
@@ -257,6 +279,7 @@ def bench_sizes(name, position, run):
     gradients and AdamW's averages take, in float32, and how many samples an H100 wants."""
     rows = []
     for kind, size, tokens in RUNS:
+        clear()
         config = dataclasses.replace(CONFIGS[name], image_size=size, max_text_len=tokens, position=position)
         row = {"run": kind, "pixels": size, "tokens": tokens}
         for column, recompute in (("MB a sample", False), ("with --recompute", True)):
@@ -289,7 +312,7 @@ STEP = {
 POSITIONS = {"absolute": {}, "relative": dict(position="relative")}
 PARTS = {"4 parts apart": dict(parts=4, ahead=False), "4 parts together": dict(parts=4), "1 part": {}}
 MODELS = {"VLMo": {}, "MoMo": dict(kind=MoMoVL)}
-TABLES = ("step", "positions", "parts", "momo", "process", "retrieval", "loader", "sizes")
+TABLES = ("step", "positions", "parts", "momo", "process", "operators", "retrieval", "loader", "sizes")
 
 
 def jobs(args):
@@ -318,6 +341,8 @@ def jobs(args):
         if "process" in args.only and sys.platform == "linux" and run.device.type == "cpu":
             kinds = STEP | {"ours, relative": POSITIONS["relative"]}
             listed.append(("memory of the process", first, bench_process, kinds, name, batches[0], amp))
+        if "operators" in args.only and run.device.type == "cpu":
+            listed.append(("operators of a step", first, bench_operators, name, batches[0], run))
         if "retrieval" in args.only:
             listed.append(("retrieval", labels, bench_retrieval, name, *rest))
         if "sizes" in args.only:

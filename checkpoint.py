@@ -56,10 +56,10 @@ def trainable(model):
 
 # ---- The file ------------------------------------------------------------------------------------
 
-# Settings that do not change what a resumed run learns (another number of processes: but for rounding
-# and the draw of negatives)
+# Settings that do not change what a resumed run learns (another number of processes or parts: but for
+# rounding, drop-path, the draw of negatives, and the dVAE's codebook use of a part)
 HARMLESS = {"out", "save_every", "log_every", "eval_every", "keep_previous", "workers", "compile", "recompute"}
-HARMLESS |= {"processes"}
+HARMLESS |= {"processes", "accumulate"}
 BESIDES_FLAGS = ("processes", "samples")  # settings that are no flags; samples: how many each data set has
 
 DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError)

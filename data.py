@@ -1,8 +1,9 @@
 """What a sample is, and the order of samples. Images are in images.py, words in texts.py.
 
 A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; `source.image(i)`,
-an RGB image or a tuple of two, or `source.image(i, view)`, for a training view of that side; and `source.drawn`, True for the built-in world, whose images are
-augmented only if that is asked for, and never mirrored. Sources with text also have
+an RGB image or a tuple of two, or `source.image(i, view)`, for a training view of that side; and
+`source.drawn`, True for the built-in world, whose images are augmented only if that is asked for,
+and never mirrored. Sources with text also have
 `source.corpus()`, texts to train a vocabulary on, which can be read more than once; those of
 pictures with captions, `source.caption_ends()`. Every random choice about a sample is a function of
 (seed, epoch, index), so the order of workers does not matter.

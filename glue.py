@@ -23,7 +23,7 @@ import losses
 import shapes
 import texts
 from data import Absent
-from loader import prepare, to_device
+from loader import with_counts, to_device
 from mome import initialise
 from reading import read_text
 from records import Records
@@ -127,7 +127,7 @@ class GLUE(Task):
         for numbers in data.shard(len(source), batch):
             pairs = [self.words.encode(*source[i].texts) for i in numbers]
             ids, mask = map(torch.stack, zip(*pairs))
-            [batch] = prepare([{"text": ids, "mask": mask}])
+            [batch] = with_counts([{"text": ids, "mask": mask}])
             logits = self.predict(to_device(batch, device))
             out.append(logits.argmax(1) if self.labels else logits[:, 0].float())
         return losses.gather(torch.cat(out))[: len(source)].tolist()

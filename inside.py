@@ -16,7 +16,7 @@ import dvae
 import momo
 import shapes
 from images import mask_blocks, to_tensor
-from loader import prepare
+from loader import with_counts
 from mome import MIMHead
 from relative import scores_of
 from texts import IGNORE
@@ -181,7 +181,7 @@ def reconstructed(start, model, image, hidden, text=None, mask=None):
         if "image" not in decoders:
             batch |= {"masked": text, "labels": torch.full_like(text, IGNORE), "mask": mask}
         decoder = decoders["image" if "image" in decoders else "pair"]
-        [batch] = prepare([batch])
+        [batch] = with_counts([batch])
         values, _ = momo.reconstruct(model, decoder, batch)  # (M, P)
         if start.args["normalise_pixels"]:  # the mean and the variance of a patch are not predicted
             true = momo.patch_values(image, batch["hidden_at"], model.config.patch_size)
@@ -239,7 +239,7 @@ def masked_logits(start, model, batch):
             N = (model.config.image_size // model.config.patch_size) ** 2
             batch["hidden"] = batch["mask"].new_zeros(len(batch["mask"]), N)  # none is
         decoder = decoders["text" if "text" in decoders and "image" not in batch else "pair"]
-        return momo.reconstruct(model, decoder, prepare([batch])[0])[1]
+        return momo.reconstruct(model, decoder, with_counts([batch])[0])[1]
     if "image" in batch:
         states = model.encode_pair(batch["masked"], batch["mask"], batch["image"])
     else:

@@ -29,7 +29,7 @@ class Loader:
         if rest:
             parts = f"{run.world} processes × {self.parts} parts (--accumulate)"
             raise UserError(f"--batch-size {args.batch_size} is not divisible by {parts}")
-        processes = workers(run.device, args.workers)
+        processes = workers(run.device, args.workers, len(samples))
         self.loaders = []
         for data_set in samples:
             if args.batch_size > len(data_set):
@@ -47,7 +47,7 @@ class Loader:
             batches = [next(loader) for _ in range(self.parts)]
             for batch in batches:
                 self.count(batch.pop("unreadable"))
-            columns.append([to_device(batch, self.device) for batch in prepare(batches)])
+            columns.append([to_device(batch, self.device) for batch in with_counts(batches)])
         self.waited += time.perf_counter() - began
         return list(zip(*columns))
 
@@ -61,9 +61,9 @@ class Loader:
             raise UserError(f"{self.unreadable} of {self.read} images could not be read: repair them, or leave them out")
 
 
-def prepare(parts):
-    """The batches of a step, from one data set, with what a stage must know of them as numbers. Asked
-    later, the device would make the host wait: for a length, or how many tokens are masked.
+def with_counts(parts):
+    """The batches of a step, from one data set, with what a stage must know of them as numbers: asked
+    later, for a length or how many tokens are masked, the device would make the host wait.
 
     Texts are cut to one length T, and to these a batch with masked places gets
 

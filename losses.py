@@ -83,12 +83,12 @@ def exchange(x, drawn):
     asked = gather(drawn).view(-1, b)  # (W, b): what each process asks for
     owner = asked // b  # (W, b)
     mine = owner == me  # (W, b): what I send, grouped by the process that asked
-    send = x[asked[mine] - me * b]
+    send = x[asked[mine] - me * b]  # the host waits: for how many I send
     received = x.new_empty(x.shape)  # grouped by owner
     process = torch.arange(len(owner), device=x.device)
     to_receive = (owner[me] == process[:, None]).sum(1)  # (W,) rows from each process
     to_send = mine.sum(1)  # (W,) rows to each process
-    to_receive, to_send = torch.stack([to_receive, to_send]).tolist()  # the host waits
+    to_receive, to_send = torch.stack([to_receive, to_send]).tolist()  # it waits again
     dist.all_to_all_single(received, send, to_receive, to_send)
     rows = torch.empty_like(received)
     rows[owner[me].argsort(stable=True)] = received
@@ -98,9 +98,9 @@ def exchange(x, drawn):
 # ---- A step in parts -----------------------------------------------------------------------------
 
 
-class Known(torch.autograd.Function):
-    """A loss that was computed before, with its gradients: Known.apply(loss, gradients, *inputs) is the
-    loss, and hands these gradients to the inputs. So each part of a step can take its share of a loss
+class GivenGradients(torch.autograd.Function):
+    """A loss that was computed before, with its gradients: apply(loss, gradients, *inputs) is the loss,
+    and hands these gradients to the inputs. So each part of a step can take its share of a loss
     of the whole step (GradCache)."""
 
     @staticmethod
@@ -171,7 +171,9 @@ def draw_negatives(scores, candidate):
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).nan_to_num()
     found = candidate.any(1)
     scores = scores.masked_fill(~candidate & found[:, None], -math.inf)
-    return torch.multinomial(scores.softmax(1), 1).squeeze(1), found
+    p = scores.softmax(1)
+    # As torch.multinomial draws, which checks p and makes the host wait
+    return (p / torch.empty_like(p).exponential_()).argmax(1), found
 
 
 def itm_loss(logits, matched, found, count=None):

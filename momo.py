@@ -132,7 +132,7 @@ def reconstruct(model, decoder, batch):
     logits (M, V) of hidden tokens; None for what the batch does not have.
 
     batch: image (b, 3, S, S) with hidden (b, N) bool; masked, labels (b, T) with mask (b, T) bool,
-    True = real token; and what loader.prepare adds.
+    True = real token; and what loader.with_counts adds. All images have equally many hidden patches.
     """
     x, visible, masks, T, fewest, K = [], [], [], 0, 0, 0
     if "masked" in batch:
@@ -141,7 +141,7 @@ def reconstruct(model, decoder, batch):
         T, (fewest, K) = labels.shape[1], batch["visible"]
     if "hidden" in batch:
         b, N = batch["hidden"].shape
-        seen = 1 + N - len(batch["hidden_at"]) // b  # of every image as many, and [I_CLS]
+        seen = 1 + N - len(batch["hidden_at"]) // b  # with [I_CLS]
         fewest, K = fewest + seen, K + seen
         x.append(model.embed_patches(batch["image"], 1))
         visible.append(F.pad(~batch["hidden"], (1, 0), value=True))  # [I_CLS] is always visible

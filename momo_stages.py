@@ -15,7 +15,7 @@ import data
 import losses
 import sources
 import texts
-from loader import prepare, to_device
+from loader import with_counts, to_device
 from momo import DECODERS, RATIO, Decoder, HiddenWords, hide_patches, mim_loss, patch_values, reconstruct
 from runtime import UserError
 from stage import FIELDS, Stage, config_flags, masked_words, over_processes, weight_flag
@@ -127,7 +127,7 @@ class MoMoImage(MoMo, Stage):
         self.samples = [image_samples(self.sources, args, config)]
 
     def forward(self, images):
-        """images: image (b, 3, S, S), hidden (b, N) bool."""
+        """images: image (b, 3, S, S), hidden (b, N) bool, and what loader.with_counts adds."""
         return {"mim": self.mim(images)}
 
     def measure(self, split, device):
@@ -165,8 +165,8 @@ class MoMoText(MoMo, Stage):
             self.samples.append(image_samples(self.pictures, args, config))
 
     def forward(self, texts, images=None):
-        """texts: masked, labels (b, T), mask (b, T) bool; images: image, hidden. Two data sets, two
-        batches, one gradient: cross-modality gradient accumulation (CMGA, Section 3.5)."""
+        """texts: masked, labels (b, T), mask (b, T) bool; images: image, hidden; and what
+        loader.with_counts adds. Two data sets, two batches, one gradient: cross-modality gradient accumulation (CMGA, Section 3.5)."""
         out = {}
         if self.trains(0):
             out["mlm"] = self.mlm(texts)
@@ -225,14 +225,16 @@ class MoMoVL(MoMo, VL):
         return data.Corpus(super().corpus, functools.partial(texts.corpus, self.documents))
 
     def forward(self, pairs, texts=None):
-        """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T)."""
+        """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T); and what
+        loader.with_counts adds."""
         out = {}
         if self.trains(0):
-            pixels, logits = reconstruct(self.model, self.decoder("pair"), pairs)
+            # Eq. (4), and matching; first, because look_ahead begins with the same random numbers
+            out |= self.pair_losses(pairs, self.aligned)
             # Eq. (3) is the sum of these two
+            pixels, logits = reconstruct(self.model, self.decoder("pair"), pairs)
             out["cmm mim"] = mim_loss(pixels, self.targets(pairs), pairs["hidden_count"])
             out["cmm mlm"] = losses.masked_token_loss(logits, masked_labels(pairs), pairs["masked_count"])
-            out |= self.pair_losses(pairs, self.aligned)  # Eq. (4), and matching
         if texts and self.trains(1):
             out["mlm"] = self.mlm(texts)
         return out
@@ -319,7 +321,7 @@ def masked_pixels(stage, source, device):
     shares, mask = data.sample_batches(len(source)), hiding("image", config)
     for numbers, image in zip(shares, data.pictures(source, shares, config.image_size, device)):
         hidden = torch.stack([mask(random.Random(f"mask {i}")) for i in numbers])  # (n, N)
-        [batch] = prepare([{"hidden": hidden}])
+        [batch] = with_counts([{"hidden": hidden}])
         batch = to_device(batch, device) | {"image": image}
         wanted = stage.targets(batch)  # (M, P)
         visible = (~batch["hidden"]).flatten().nonzero()[:, 0]

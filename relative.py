@@ -61,14 +61,14 @@ class RelativeAttention(torch.autograd.Function):
         for part in parts(q, k):
             bias = scores if mask is None else scores.masked_fill(~mask[part], -math.inf)
             y[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], bias)
-        ctx.save_for_backward(q, k, v, table, index, mask, y)
+        ctx.save_for_backward(q, k, v, table, index, mask)
         return y
 
     @staticmethod
     def backward(ctx, to_y):
         """to_y: the gradient of the loss to y, as all other names with to_."""
-        q, k, v, table, index, mask, y = ctx.saved_tensors
-        scale, scores = 1 / math.sqrt(q.shape[-1]), scores_of(table, index)
+        q, k, v, table, index, mask = ctx.saved_tensors
+        scale, scores = 1 / math.sqrt(q.shape[-1]), scores_of(table, index).to(q.dtype).to(table.dtype)
         to_q, to_k, to_v = (torch.empty_like(x) for x in (q, k, v))
         to_scores = torch.zeros_like(scores)
         for part in parts(q, k):
@@ -78,14 +78,14 @@ class RelativeAttention(torch.autograd.Function):
                 p.masked_fill_(~mask[part], -math.inf)
             p = p.softmax(-1)
 
-            # y = p·v; the softmax has the gradient p·(to_p − Σ p·to_p), and Σ p·to_p = Σ y·to_y
-            to_v[part] = p.mT.to(v.dtype) @ to_y[part]
-            to_p = to_y[part] @ v[part].mT
-            to_s = p * (to_p - (y[part] * to_y[part]).sum(-1, keepdim=True))
+            # y = p·v, and the softmax has the gradient p·(to_p − Σ p·to_p)
+            to_v[part] = p.to(v.dtype).mT @ to_y[part]
+            to_p = (to_y[part] @ v[part].mT).to(p.dtype)
+            to_s = torch.ops.aten._softmax_backward_data(to_p, p, -1, p.dtype)
             to_scores += to_s.sum(0)
-            to_s = (to_s * scale).to(q.dtype)
-            to_q[part] = to_s @ k[part]
-            to_k[part] = to_s.mT @ q[part]
+            to_s = to_s.to(q.dtype)
+            to_q[part] = to_s @ k[part] * scale
+            to_k[part] = to_s.mT @ q[part] * scale
         to_table = torch.zeros_like(table).index_add_(1, index.flatten(), to_scores.flatten(1))
         return to_q, to_k, to_v, to_table, None, None
 

@@ -1,5 +1,4 @@
-"""Where a script runs: processes, device, precision, optimizer, learning rate, log, files, one-line
-errors."""
+"""Where a script runs: processes, device, precision, optimizer, learning rate, files, one-line errors."""
 
 import argparse
 import collections
@@ -247,17 +246,19 @@ class Signals:
         return self.agreed
 
 
-def workers(device, count=None):
-    """The arguments of a DataLoader that say how many processes it forks. count: None, the cores that
-    this process may use, but one; on a CPU 0, because they would take the cores that compute."""
+def workers(device, count=None, loaders=1):
+    """The arguments of a DataLoader that say how many processes it forks. count: None, its share of the
+    cores that this process may use, but one; on a CPU 0, because they would take the cores that
+    compute. loaders: how many there are."""
     if count is None:
-        count = spare_cores() if torch.device(device).type == "cuda" else 0
+        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
+        count = max(1, share // loaders) if torch.device(device).type == "cuda" else 0
     return {"num_workers": count, "multiprocessing_context": "fork" if count else None}
 
 
-def spare_cores():
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_all(*words):
@@ -319,20 +320,22 @@ def compile_blocks(blocks, run):
     except torch._dynamo.exc.TorchDynamoException as error:
         run.print(f"--compile: there is no compiler ({first_line(error)}), the blocks run as they are")
         return
-    # All blocks share their code, which is compiled for each kind of input, of block (lower, last,
-    # fusing) and of mode.
-    torch._dynamo.config.cache_size_limit = 64  # recompile_limit since torch 2.7
+    # All blocks share their code, which is compiled for each kind of input, rate of drop-path, kind of
+    # block (last, fusing) and mode
+    torch._dynamo.config.cache_size_limit = 512  # recompile_limit since torch 2.7
+    torch._dynamo.config.accumulated_cache_size_limit = 2048
+    torch._inductor.config.fallback_random = True  # look_ahead needs the same drop-path without gradients
     for block in blocks:
         block.forward = torch.compile(block.forward)
 
 
-# ---- Files and the log ---------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def once_per_node(fill, read):
     """read(folder) on every process, of a temporary folder that fill(folder) has filled once per
-    node. The files in it are unlinked once all processes have them open. A UserError of fill is
-    raised on all of them. All processes must call this, in the same order."""
+    node. The files in it are unlinked once all processes have them open. An error of fill is a
+    UserError on all of them. All processes must call this, in the same order."""
     names, together = [f"vlmo-{uuid.uuid4().hex}"], dist.is_initialized()
     if together:
         dist.broadcast_object_list(names)
@@ -360,14 +363,16 @@ REFUSED = "refused"  # the file in such a folder that holds the error instead of
 
 
 def fill_or_note_error(fill, folder):
-    """Fills a new folder. A UserError is left in it, for all processes to raise."""
+    """Fills a new folder. An error is left in it instead, for all processes to raise."""
     folder.mkdir()
     try:
         fill(folder)
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            error = UserError(f"{folder} could not be filled ({error}): TMPDIR names another place")
+        for path in folder.iterdir():
+            path.unlink()  # so that there is room
         (folder / REFUSED).write_bytes(pickle.dumps(error))
-    except OSError as error:
-        raise UserError(f"{folder}: no room ({error}): TMPDIR names another place") from None
 
 
 def first_line(error):

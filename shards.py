@@ -11,6 +11,7 @@ import signal
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
 
+import runtime
 from data import Picture, split_by_hash
 from reading import IMAGES, checked_captions, parse_json, path_below, print_left_out
 from runtime import UserError
@@ -22,7 +23,7 @@ def read_shards(paths, split=None, captions=False):
     if not paths:
         return
     read = functools.partial(list_shard, split=split, captions=captions)
-    cores = os.cpu_count() or 1
+    cores = runtime.cores()
     quiet = signal.SIGINT, signal.SIG_IGN  # Ctrl-C ends this process, and with it the others
     with ProcessPoolExecutor(min(cores, len(paths)), None, signal.signal, quiet) as pool:
         for first in range(0, len(paths), cores):

@@ -12,7 +12,7 @@ from torch import nn
 import momo
 import runtime
 import train
-from loader import prepare, to_device
+from loader import with_counts, to_device
 from mome import CONFIGS, VLMo, classifier
 from momo_stages import MoMoText, MoMoVL
 from stage import Stage
@@ -22,6 +22,7 @@ from texts import IGNORE
 from vqa import VQA
 
 ALL = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}  # the paper's losses, and their weights
+
 
 def bare(kind, model, **attributes):
     """A stage of this class around a model, without data."""
@@ -84,7 +85,7 @@ class Side:
         columns = []
         for batch in batches:
             split = [dict(zip(batch, rows)) for rows in zip(*(x.chunk(parts) for x in batch.values()))]
-            split = split if kind is Textbook else prepare(split)  # a textbook pads texts to full length
+            split = split if kind is Textbook else with_counts(split)  # a textbook pads texts to full length
             columns.append([to_device(part, run.device) for part in split])
         self.parts = list(zip(*columns))
         self.stage.to(run.device).train()
@@ -135,7 +136,7 @@ def stage_of(kind, config):
 
 def training_batch(kind, config, b, device):
     """b pairs with texts of full length."""
-    batch = to_device(prepare([pairs(config, b, full=True)])[0], device)
+    batch = to_device(with_counts([pairs(config, b, full=True)])[0], device)
     return batch | {"target": torch.rand(b, 3129, device=device)} if kind == "vqa" else batch
 
 

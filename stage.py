@@ -17,7 +17,7 @@ import checkpoint
 import data
 import losses
 import runtime
-from loader import prepare, to_device
+from loader import with_counts, to_device
 from mome import Block, Config
 from runtime import UserError, at_least
 
@@ -266,7 +266,7 @@ def masked_words(predict, packed, training, device):
     for numbers in data.sample_batches(len(packed)):
         samples = [packed[0, i] for i in numbers]
         batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-        batch = to_device(prepare([batch])[0], device)
+        batch = to_device(with_counts([batch])[0], device)
         logits, labels = predict(batch).float(), batch["labels"].flatten()[batch["masked_at"]]  # (M, V), (M,)
         right, loss = (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
         plain_right, plain_loss = (labels == seen.argmax()).sum(), -unigram[labels].sum()

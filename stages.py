@@ -18,7 +18,7 @@ import losses
 import sources
 import texts
 from images import mask_blocks
-from loader import prepare, to_device
+from loader import with_counts, to_device
 from mome import MIMHead
 from retrieval import retrieval, retrieval_sheet
 from runtime import UserError, seed_all
@@ -76,7 +76,7 @@ class Image(Stage):
         return mask_blocks(self.side, rng)
 
     def forward(self, batch):
-        """batch: image (b, 3, S, S), hidden (b, N) bool, and what loader.prepare adds."""
+        """batch: image (b, 3, S, S), hidden (b, N) bool, and what loader.with_counts adds."""
         logits, codes = self.predict(batch)
         labels = codes.flatten()[batch["hidden_at"]]  # (M,)
         return {"mim": losses.masked_token_loss(logits, labels, batch["hidden_count"])}
@@ -101,7 +101,7 @@ class Image(Stage):
         views = data.pictures(source, shares, self.model.config.image_size, device)
         for numbers, image in zip(shares, views):
             hidden = torch.stack([self.hide(random.Random(f"mask {i}")) for i in numbers])
-            [batch] = prepare([{"hidden": hidden}])
+            [batch] = with_counts([{"hidden": hidden}])
             batch = to_device(batch, device) | {"image": image}
             logits, codes = self.predict(batch)
             hidden = batch["hidden"]  # (n, N)
@@ -170,7 +170,7 @@ class Text(Stage):
         self.samples = [self.sources["train"]]
 
     def forward(self, batch):
-        """batch: masked, labels (b, T) int64, mask (b, T) bool, and what loader.prepare adds."""
+        """batch: masked, labels (b, T) int64, mask (b, T) bool, and what loader.with_counts adds."""
         labels = batch["labels"].flatten()[batch["masked_at"]]  # (M,)
         return {"mlm": losses.masked_token_loss(self.predict(batch), labels, batch["masked_count"])}
 
@@ -248,7 +248,7 @@ class VL(Stage):
 
     def forward(self, batch):
         """batch: image (b, 3, S, S); text, masked, labels (b, T) int64; mask (b, T) bool; ids (b, 2)
-        int64, as data.Pairs makes them, and what loader.prepare adds."""
+        int64, as data.Pairs makes them, and what loader.with_counts adds."""
         return self.pair_losses(batch, self.loss_weights)
 
     def pair_losses(self, batch, wanted):
@@ -259,19 +259,19 @@ class VL(Stage):
         # Image-text contrast: Eq. (3) and (4), and hard negatives. Of a step in parts, look_ahead has
         # compared all pairs
         vectors = self.vectors(batch) if "itc" in wanted else None
-        found = batch["found"] if "found" in batch else self.compare(batch, vectors, wanted)
+        compared = batch["compared"] if "compared" in batch else self.compare(batch, vectors, wanted)
         if "itc" in wanted:
-            out["itc"], out["scale"] = found["itc"], vectors[2].detach()
-        if "gradients" in found:
-            out["itc"] = losses.Known.apply(found["itc"], found["gradients"], *vectors)
+            out["itc"], out["scale"] = compared["itc"], vectors[2].detach()
+        if "gradients" in compared:
+            out["itc"] = losses.GivenGradients.apply(compared["itc"], compared["gradients"], *vectors)
 
         # Pairs for the fusion encoder: masked pairs for MLM; for ITM matched pairs, and each with a
         # wrong image and a wrong text
         if "mlm" in wanted:
             pairs += [(batch["masked"], mask, image)]
         if "itm" in wanted:
-            pairs += [(text, mask, image), (text, mask, found["wrong image"])]
-            pairs += [(found["wrong text"], found["wrong mask"], image)]
+            pairs += [(text, mask, image), (text, mask, compared["wrong image"])]
+            pairs += [(compared["wrong text"], compared["wrong mask"], image)]
         if not pairs:
             return out
 
@@ -289,8 +289,8 @@ class VL(Stage):
         if "itm" in wanted:
             logits = self.model.itm_head(self.model.pool(states[-3 * b :]))  # (3b, 2)
             matched = torch.arange(3 * b, device=logits.device) < b
-            exist = torch.cat([matched[:b], found["image exists"], found["text exists"]])
-            out["itm"] = losses.itm_loss(logits, matched, exist, found["pairs"])
+            exist = torch.cat([matched[:b], compared["image exists"], compared["text exists"]])
+            out["itm"] = losses.itm_loss(logits, matched, exist, compared["pairs"])
         return out
 
     def vectors(self, batch):
@@ -304,22 +304,24 @@ class VL(Stage):
 
         vectors: as above, or None: all are equally similar.
         """
-        found, same = {}, losses.same_pairs(batch["ids"])  # (b, B): the same picture or caption, no negatives
+        if "itc" not in wanted and "itm" not in wanted:
+            return {}
+        out, same = {}, losses.same_pairs(batch["ids"])  # (b, B): the same picture or caption, no negatives
         i2t = t2i = torch.zeros(same.shape, device=same.device)
         if vectors:
             i2t, t2i = losses.similarities(*vectors)  # (b, B) each
-            found["itc"] = losses.itc_loss(i2t, t2i, same)
+            out["itc"] = losses.itc_loss(i2t, t2i, same)
         if "itm" in wanted:
             self.seed()
             candidate = losses.candidates(same, self.negatives)  # (b, B) bool
-            drawn_image, found["image exists"] = losses.draw_negatives(t2i, candidate)  # (b,) each
-            drawn_text, found["text exists"] = losses.draw_negatives(i2t, candidate)
-            found["pairs"] = len(same) + found["image exists"].sum() + found["text exists"].sum()
-            found["wrong image"] = losses.exchange(batch["image"], drawn_image)
+            drawn_image, out["image exists"] = losses.draw_negatives(t2i, candidate)  # (b,) each
+            drawn_text, out["text exists"] = losses.draw_negatives(i2t, candidate)
+            out["pairs"] = len(same) + out["image exists"].sum() + out["text exists"].sum()
+            out["wrong image"] = losses.exchange(batch["image"], drawn_image)
             both = torch.stack(losses.pad_alike(batch["text"], batch["mask"].long()), dim=1)  # (b, 2, T)
-            found["wrong text"], wrong_mask = losses.exchange(both, drawn_text).unbind(1)
-            found["wrong mask"] = wrong_mask.bool()
-        return found
+            out["wrong text"], wrong_mask = losses.exchange(both, drawn_text).unbind(1)
+            out["wrong mask"] = wrong_mask.bool()
+        return out
 
     def look_ahead(self, parts):
         return self.compare_parts(parts, self.loss_weights)
@@ -328,7 +330,9 @@ class VL(Stage):
         """Compares the pairs of all parts of a step: contrast and negatives are those of one pass, in
         the memory of a part. The vectors that this takes are computed without gradients; forward
         computes them again with the same drop-path, and gives them the gradients found here."""
-        pairs, vectors = [batches[0] for batches in parts], None
+        if "itc" not in wanted and "itm" not in wanted:
+            return parts
+        pairs, vectors, gradients = [batches[0] for batches in parts], None, None
         whole = {name: torch.cat([batch[name] for batch in pairs]) for name in ("image", "text", "mask", "ids")}
         if "itc" in wanted:
             images, texts = [], []
@@ -339,22 +343,24 @@ class VL(Stage):
                 images.append(image)
                 texts.append(text)
             vectors = [x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scale)]
-        found, gradients = self.compare(whole, vectors, wanted), None
+        compared = self.compare(whole, vectors, wanted)
         if "itc" in wanted:
-            gradients = torch.autograd.grad(found["itc"], vectors)
+            with torch.autocast(whole["ids"].device.type, enabled=False):
+                gradients = torch.autograd.grad(compared["itc"], vectors)
 
         # Each part gets its rows. The loss of a step is the mean of its parts'
+        out = []
         for number, (batch, *others) in enumerate(parts):
             b = len(batch["ids"])
             rows = slice(number * b, number * b + b)
-            ahead = {name: x[rows] if x.dim() else x.detach() for name, x in found.items()}
+            ahead = {name: x[rows] if x.dim() else x.detach() for name, x in compared.items()}
             if gradients:
                 image, text, scale = gradients
                 ahead["gradients"] = [len(parts) * image[rows], len(parts) * text[rows], scale]
             if "pairs" in ahead:
                 ahead["pairs"] = ahead["pairs"] / len(parts)
-            parts[number] = (batch | {"found": ahead}, *others)
-        return parts
+            out.append((batch | {"compared": ahead}, *others))
+        return out
 
     def measure(self, split, device):
         """Zero-shot retrieval."""

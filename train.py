@@ -192,8 +192,8 @@ def train(stage, args, run, start=None):
             group["lr"] = group["factor"] * lr
         stage.step = step
 
-        # Forward and backward, part by part; DDP sends gradients in the last one only. Drop-path and
-        # negatives follow from (seed, step, process, part); the data have their own seeds
+        # Forward and backward, part by part; DDP sends gradients in the last one only. Drop-path
+        # follows from (seed, step, process, part); the data have their own seeds
         if args.accumulate > 1:
             with run.autocast():
                 parts = stage.look_ahead(parts)

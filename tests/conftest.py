@@ -22,7 +22,7 @@ multiprocessing.set_forkserver_preload(["torch._dynamo", "tokenizers", "PIL.Imag
 import shapes
 import texts
 import train
-from loader import prepare
+from loader import with_counts
 
 
 # ---- Scripts -------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def batch_of(config, lengths, seed=0):
     ids = torch.stack([torch.tensor([0, *range(b - 1)]), torch.arange(b) + 100], dim=1)
     image = torch.randint(0, 256, (b, 3, S, S), generator=g, dtype=torch.uint8)
     batch = {"image": image, "text": text, "mask": mask, "masked": masked}
-    return prepare([batch | {"labels": labels, "ids": ids}])[0]
+    return with_counts([batch | {"labels": labels, "ids": ids}])[0]
 
 
 # ---- Processes -----------------------------------------------------------------------------------

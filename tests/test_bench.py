@@ -121,7 +121,7 @@ def test_the_benchmark_prints_tables_and_writes_its_numbers(tmp_path, monkeypatc
     monkeypatch.setattr(bench, "matmul_peak", lambda run: 1e12)
     monkeypatch.setattr(bench, "VIEWS", 2)
     flags = ["--config", "tiny", "--batch-size", 2, "--amp", "off", "--repeats", 1, "--out", out]
-    flags += ["--only", "step", "positions", "parts", "momo", "retrieval", "loader"]
+    flags += ["--only", "step", "positions", "parts", "momo", "operators", "retrieval", "loader"]
     call(monkeypatch, bench, *flags)
     found, said = json.loads(out.read_text()), capsys.readouterr().out
     assert all(title in said for title in found.keys() - {"device", "torch"})

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import losses
-from loader import prepare
+from loader import with_counts
 from mome import Config, VLMo
 from sides import bare
 from stages import VL
@@ -131,7 +131,7 @@ def gradients():
                 parameter += 0.2 * torch.randn_like(parameter)
         if lonely:
             batch["ids"] = torch.tensor([[1, 1], [1, 2], [3, 1], [1, 4], [5, 1], [1, 6]])
-        [share] = prepare([{name: tensor[losses.rank() * b :][:b] for name, tensor in batch.items()}])
+        [share] = with_counts([{name: tensor[losses.rank() * b :][:b] for name, tensor in batch.items()}])
         values = stage(share)
         for name in NAMES:
             of = torch.autograd.grad(

@@ -27,7 +27,7 @@ import momo_stages
 import shapes
 import texts
 import train
-from loader import prepare
+from loader import with_counts
 from mome import CONFIGS, Config, VLMo
 from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from runtime import UserError
@@ -60,7 +60,7 @@ def batch_with_hidden(modality, lengths):
     at = batch["mask"] & (torch.arange(batch["mask"].shape[1]) % 4 > 0)
     batch["masked"] = batch["text"].masked_fill(at, 4)
     batch["labels"] = batch["text"].masked_fill(~at, IGNORE)
-    return prepare([{name: batch[name] for name in INPUTS.get(modality, batch)}])[0]
+    return with_counts([{name: batch[name] for name in INPUTS.get(modality, batch)}])[0]
 
 
 def stage_of(kind, shared=False, **attributes):
@@ -147,7 +147,7 @@ def test_loss_and_measure_are_squared_errors_of_hidden_patches(normalised):
     image = torch.stack([torch.from_numpy(np.array(source.image(i))) for i in range(2)])
     image = image.permute(0, 3, 1, 2)
     hidden = [momo.hide_patches(0.75, 16, random.Random(f"mask {i}")) for i in range(2)]
-    [inputs] = prepare([{"image": image, "hidden": torch.stack(hidden)}])
+    [inputs] = with_counts([{"image": image, "hidden": torch.stack(hidden)}])
     pixels, _ = momo.reconstruct(stage.model, stage.head["image"], inputs)
     values = image.double().reshape(2, 3, 4, 4, 4, 4)  # of rows and columns: patches, pixels
     values = values.permute(0, 2, 4, 1, 3, 5).reshape(2, 16, 48) / 127.5 - 1

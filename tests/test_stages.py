@@ -19,7 +19,7 @@ import shapes
 import train
 from classify import Classify, Probe, Standardise
 from glue import GLUE
-from loader import prepare
+from loader import with_counts
 from mome import Config, MIMHead, VLMo, classifier
 from nlvr2 import NLVR2
 from sides import bare
@@ -52,7 +52,7 @@ def stage_of(kind, wanted, changes):
     model, batch = VLMo(config).train(), batch_of(config, [9, 4, 7, 5])
     weights = dict.fromkeys(wanted.split(), 1.0)
     stage = bare(kind, model, loss_weights=weights, negatives="global")
-    [batch] = prepare([batch | {"hidden": torch.rand(4, 16) < 0.4}])
+    [batch] = with_counts([batch | {"hidden": torch.rand(4, 16) < 0.4}])
     batch["target"] = torch.tensor([0, 1, 1, 0])
     if kind is Image:
         stage.head, codes = MIMHead(config, 6), dvae.DVAEConfig(grid=4, codes=6, width=8)
@@ -99,7 +99,7 @@ def test_a_stage_trains_what_its_losses_read_and_nothing_else(kind, wanted, chan
     stage, batch = stage_of(kind, wanted, changes)
     first = batch
     if kind in (VL, Text):  # by chance, the batch that tells has no masked token
-        [first] = prepare([batch | {"labels": torch.full_like(batch["labels"], IGNORE)}])
+        [first] = with_counts([batch | {"labels": torch.full_like(batch["labels"], IGNORE)}])
     train.freeze_unread(stage, (first,), runtime.Runtime())
     for name, parameter in stage.model.named_parameters():
         assert parameter.requires_grad != bool(re.match(frozen, name)), name

@@ -15,7 +15,7 @@ import runtime
 from classify import Classify, Probe
 from dvae import DVAE, DVAEConfig, Tokenizer
 from glue import RTE
-from loader import prepare
+from loader import with_counts
 from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from nlvr2 import NLVR2
 from sides import bare
@@ -30,7 +30,7 @@ def share(parts, names=("image", "text", "mask", "masked", "labels", "ids")):
     batch = batch_of_six()
     chunks = [batch[name].chunk(losses.world() * parts) for name in names]
     batches = [dict(zip(names, columns)) for columns in zip(*chunks)]
-    return [(batch,) for batch in prepare(batches[losses.rank() * parts :][:parts])]
+    return [(batch,) for batch in with_counts(batches[losses.rank() * parts :][:parts])]
 
 
 def gradients_of(stage, values, count):
@@ -72,7 +72,7 @@ def in_one_graph(stage, parts):
         rows["pairs"] = rows["pairs"] / len(parts)
         torch.set_rng_state(states[number])
         stage.vectors = lambda batch, at=number: vectors[at]
-        values = stage(batch | {"found": rows})
+        values = stage(batch | {"compared": rows})
         total = total + (values["itm"] + values["mlm"]) / len(parts)
     total.backward()
     return total.detach(), flat(stage)
@@ -103,6 +103,31 @@ def test_a_step_in_parts_is_the_step_in_one_pass_on_two_processes(processes):
     processes(2, compare, 3)
 
 
+def test_gradients_of_the_whole_step_are_in_full_precision_under_autocast():
+    stage = vl().float().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        (first,), (second,) = stage.look_ahead(share(2))
+        vectors = [stage.vectors(batch)[:2] for batch in (first, second)]
+    image, text = (torch.cat(column).detach().requires_grad_() for column in zip(*vectors))
+    whole = {name: torch.cat([first[name], second[name]]) for name in ("image", "text", "mask", "ids")}
+    exact = stage.compare(whole, (image, text, stage.model.scale()), ["itc"])["itc"]
+    for number, expected in enumerate(torch.autograd.grad(exact, (image, text))):
+        found = torch.cat([part["compared"]["gradients"][number] for part in (first, second)]) / 2
+        assert found.dtype == torch.float32 and (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_momo_s_second_pass_drops_what_the_first_one_dropped():
+    stage, (pairs, texts) = momo_stage_of(MoMoVL)
+    for block in stage.model.blocks:
+        block.attention_branch.drop = block.expert_branch.drop = 0.5
+    seen, real = [], stage.vectors
+    stage.vectors = lambda batch: seen.append(real(batch)) or seen[-1]
+    [(pairs, texts)] = stage.look_ahead([(pairs, texts)])
+    stage.seed(0)
+    stage(pairs, texts)
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+
+
 @pytest.mark.parametrize("kind", [MoMoVL, MoMoAll])
 def test_momos_steps_in_parts_are_those_in_one_pass(kind):
     answers = []
@@ -112,7 +137,7 @@ def test_momos_steps_in_parts_are_those_in_one_pass(kind):
         for batch in batches:
             raw = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor) and not name.endswith("_at")}
             chunks = [[(name, chunk) for chunk in x.chunk(count)] for name, x in raw.items()]
-            columns.append(prepare([dict(fields) for fields in zip(*chunks)]))
+            columns.append(with_counts([dict(fields) for fields in zip(*chunks)]))
         answers.append(in_parts(stage, list(zip(*columns))))
     (one, expected), (two, found) = answers
     assert all(abs(one[name] - two[name]) < 1e-9 for name in stage.loss_weights)
@@ -125,13 +150,13 @@ def test_what_the_host_knows_of_a_step():
     labels[0, 1], labels[1, 1], labels[1, 7], labels[3, 2] = 5, 6, 7, 8
     whole = {"mask": mask, "text": mask.long(), "masked": mask.long(), "labels": labels, "ids": torch.eye(4)}
     halves = [{name: x[rows] for name, x in whole.items()} for rows in (slice(0, 2), slice(2, 4))]
-    first, second = prepare(halves)
+    first, second = with_counts(halves)
     assert first["text"].shape == second["mask"].shape == (2, 16) and second["ids"].shape == (2, 4)  # 9, in eights
     assert first["masked_at"].tolist() == [1, 17, 23] and second["masked_at"].tolist() == [18]
     assert first["masked_count"] == second["masked_count"] == 2
     assert first["visible"] == (2, 7) and second["visible"] == (3, 5)
     hidden = torch.tensor([[True, False, True], [False, False, True]])
-    [found] = prepare([{"hidden": hidden}])
+    [found] = with_counts([{"hidden": hidden}])
     assert found["hidden_at"].tolist() == [0, 2, 5] and found["hidden_count"] == 3
 
 
@@ -162,7 +187,9 @@ def step_on(device, build, arguments, amp, count):
     with device.mode():
         device.move(stage)
         optimizer = runtime.adamw(stage)
-        parts = stage.look_ahead([tuple(map(device.like, batches)) for _ in range(count)])
+        parts = [tuple(map(device.like, batches)) for _ in range(count)]
+        if count > 1:
+            parts = stage.look_ahead(parts)
         for part in parts:
             with torch.autocast(device.DEVICE, torch.bfloat16, enabled=amp):
                 values = stage(*part)
@@ -182,5 +209,6 @@ def all_steps_on_a_pretend_gpu(folder):
 
 
 def test_the_host_never_waits_for_the_device(shared, processes):
-    """In processes of their own, because autograd learns of devices when it starts."""
+    """In processes of their own, because autograd learns of devices when it starts. What an operator does
+    inside is not seen: on a GPU, torch.cuda.set_sync_debug_mode("error") tells."""
     processes(2, all_steps_on_a_pretend_gpu, str(shared / "reference"), group=False)
