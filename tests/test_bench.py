@@ -144,5 +144,5 @@ def test_what_a_sample_costs(monkeypatch):
 
 
 def test_the_memory_of_a_process_is_that_of_its_own_step():
-    plain, other = bench.bench_process({"a": {}, "b": {"parts": 2}}, "tiny", 2, "off")
-    assert plain["÷ a"] == 1 and plain["process, MB"] > 20 and 0.5 < other["÷ a"] < 2
+    [row] = bench.bench_process({"ours": {}}, "tiny", 2, "off")
+    assert 20 < row["process, MB"] < 1000 and row["÷ ours"] == 1
