@@ -16,8 +16,9 @@ import shapes
 from data import Examples
 from loader import Loader
 from mome import initialise, unit
+from records import Records
 from runtime import UserError
-from sources import image_files, read_splits, task_folder, task_records
+from sources import absent, image_files, read_splits, task_folder
 from stage import Task, task_flags
 from texts import read_lines, vocabulary
 
@@ -177,7 +178,10 @@ def read(paths, split, image_size):
     if list(paths) == ["shapes"]:
         return WorldClasses(split, image_size)
     files = image_files(task_folder(paths), split)
-    return task_records(Labelled, (Labelled(path, Path(path).parent.name) for path in files), split)
+    source = Records(Labelled, (Labelled(path, Path(path).parent.name) for path in files))
+    if not len(source):
+        raise absent(paths, split, captions=False)
+    return source
 
 
 def read_names(path):
