@@ -120,6 +120,8 @@ def test_the_benchmark_prints_tables_and_writes_its_numbers(tmp_path, monkeypatc
     monkeypatch.setattr(bench, "vectors", lambda *_: vectors(20, 100, "cpu"))
     monkeypatch.setattr(bench, "matmul_peak", lambda run: 1e12)
     monkeypatch.setattr(bench, "VIEWS", 2)
+    monkeypatch.setattr(bench, "PHOTOS", ((64, 48),))
+    monkeypatch.setattr(bench, "clear", lambda: None)  # it takes longer than these steps
     flags = ["--config", "tiny", "--batch-size", 2, "--amp", "off", "--repeats", 1, "--out", out]
     flags += ["--only", "step", "positions", "parts", "momo", "operators", "retrieval", "loader"]
     call(monkeypatch, bench, *flags)
