@@ -145,6 +145,6 @@ def test_what_a_sample_costs(monkeypatch):
     assert vl > 3 * vqa and vl > 3 * dual  # four pairs are fused, and both are encoded
 
 
-def test_the_memory_of_a_process_is_that_of_its_own_step():
-    [row] = bench.bench_process({"ours": {}}, "tiny", 2, "off")
-    assert 20 < row["process, MB"] < 1000 and row["÷ ours"] == 1
+def test_the_memory_of_a_process_grows_by_that_of_a_step():
+    assert bench.peak_memory() > 100  # torch
+    assert 0 <= bench.two_steps("tiny", 2, "off", {"recompute": True}) < 1000
