@@ -23,7 +23,7 @@ import losses
 import shapes
 import texts
 from data import Absent
-from loader import with_counts, to_device
+from loader import to_device, with_counts
 from mome import initialise
 from reading import read_text
 from records import Records

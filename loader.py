@@ -75,20 +75,22 @@ def with_counts(parts):
         how many tokens of a text can be seen.
     """
     parts = cut_texts(parts)
-    for name, marks in (("masked", "labels"), ("hidden", "hidden")):
-        if marks not in parts[0]:
-            continue
-        for part in parts:
-            marked = part[marks] if marks == "hidden" else part[marks] != IGNORE
-            part[f"{name}_at"] = marked.flatten().nonzero()[:, 0]
-        mean = sum(len(part[f"{name}_at"]) for part in parts) / len(parts)
-        for part in parts:
-            part[f"{name}_count"] = mean
     if "labels" in parts[0]:
+        add_places("masked", parts, [part["labels"] != IGNORE for part in parts])
         for part in parts:
             seen = (part["mask"] & (part["labels"] == IGNORE)).sum(1)
             part["visible"] = int(seen.min()), int(seen.max())
+    if "hidden" in parts[0]:
+        add_places("hidden", parts, [part["hidden"] for part in parts])
     return parts
+
+
+def add_places(name, parts, marked):
+    """Adds where the True of marked, (b, ·) bool for each part, are, and their mean number."""
+    places = [marks.flatten().nonzero()[:, 0] for marks in marked]
+    mean = sum(map(len, places)) / len(parts)
+    for part, at in zip(parts, places):
+        part |= {f"{name}_at": at, f"{name}_count": mean}
 
 
 def cut_texts(parts):

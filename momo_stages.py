@@ -15,7 +15,7 @@ import data
 import losses
 import sources
 import texts
-from loader import with_counts, to_device
+from loader import to_device, with_counts
 from momo import DECODERS, RATIO, Decoder, HiddenWords, hide_patches, mim_loss, patch_values, reconstruct
 from runtime import UserError
 from stage import FIELDS, Stage, config_flags, masked_words, over_processes, weight_flag

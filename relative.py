@@ -1,8 +1,8 @@
 """Relative positions, as the released base and large models have them: a table of scores for each
 layer and head, added to q·k, and attention that keeps none of them for the backward pass.
 
-Shape letters: B batch, H heads, R rows that ask, S rows that are read (T text tokens, then 1+N patches), d = D/H,
-P rows of the table.
+Shape letters: B batch, b of it at a time, H heads, R rows that ask, S rows that are read (T text
+tokens, then 1+N patches), d = D/H, P rows of the table.
 """
 
 import math
@@ -58,9 +58,9 @@ class RelativeAttention(torch.autograd.Function):
         S) bool, True = may be read → (B, H, R, d)."""
         scores = scores_of(table, index).to(q.dtype)
         y = torch.empty_like(q)
-        for part in parts(q, k):
-            bias = scores if mask is None else scores.masked_fill(~mask[part], -math.inf)
-            y[part] = F.scaled_dot_product_attention(q[part], k[part], v[part], bias)
+        for some in chunks(q, k):
+            bias = scores if mask is None else scores.masked_fill(~mask[some], -math.inf)
+            y[some] = F.scaled_dot_product_attention(q[some], k[some], v[some], bias)
         ctx.save_for_backward(q, k, v, table, index, mask)
         return y
 
@@ -68,29 +68,30 @@ class RelativeAttention(torch.autograd.Function):
     def backward(ctx, to_y):
         """to_y: the gradient of the loss to y, as all other names with to_."""
         q, k, v, table, index, mask = ctx.saved_tensors
-        scale, scores = 1 / math.sqrt(q.shape[-1]), scores_of(table, index).to(q.dtype).to(table.dtype)
+        scale = 1 / math.sqrt(q.shape[-1])
+        scores = scores_of(table, index).to(q.dtype).to(table.dtype)  # rounded as in the forward pass
         to_q, to_k, to_v = (torch.empty_like(x) for x in (q, k, v))
         to_scores = torch.zeros_like(scores)
-        for part in parts(q, k):
+        for some in chunks(q, k):
             # The forward pass once more: probabilities (b, H, R, S), at least float32
-            p = scores + (q[part] * scale) @ k[part].mT
+            p = scores + (q[some] * scale) @ k[some].mT
             if mask is not None:
-                p.masked_fill_(~mask[part], -math.inf)
+                p.masked_fill_(~mask[some], -math.inf)
             p = p.softmax(-1)
 
             # y = p·v, and the softmax has the gradient p·(to_p − Σ p·to_p)
-            to_v[part] = p.to(v.dtype).mT @ to_y[part]
-            to_p = (to_y[part] @ v[part].mT).to(p.dtype)
+            to_v[some] = p.to(v.dtype).mT @ to_y[some]
+            to_p = (to_y[some] @ v[some].mT).to(p.dtype)
             to_s = torch.ops.aten._softmax_backward_data(to_p, p, -1, p.dtype)
             to_scores += to_s.sum(0)
             to_s = to_s.to(q.dtype)
-            to_q[part] = to_s @ k[part] * scale
-            to_k[part] = to_s.mT @ q[part] * scale
+            to_q[some] = to_s @ k[some] * scale
+            to_k[some] = to_s.mT @ q[some] * scale
         to_table = torch.zeros_like(table).index_add_(1, index.flatten(), to_scores.flatten(1))
         return to_q, to_k, to_v, to_table, None, None
 
 
-def parts(q, k):
+def chunks(q, k):
     """Slices of the batch: as many samples at a time as keep their scores in the cache of a CPU, or
     small next to the memory of a GPU."""
     at_once = 2**26 if q.is_cuda else 2**20

@@ -12,7 +12,7 @@ from torch import nn
 import momo
 import runtime
 import train
-from loader import with_counts, to_device
+from loader import to_device, with_counts
 from mome import CONFIGS, VLMo, classifier
 from momo_stages import MoMoText, MoMoVL
 from stage import Stage
@@ -71,7 +71,7 @@ class Side:
     def __init__(self, name, b, run, kind=VL, position="absolute", parts=1, ahead=True, recompute=False, compile=False):
         """kind: VL, Textbook or MoMoVL. parts: of the step; ahead: whether they see each other."""
         torch.manual_seed(0)
-        self.run, self.ahead = run, ahead and parts > 1
+        self.run, self.ahead = run, ahead
         config = dataclasses.replace(CONFIGS[name], drop_path=0.0, position=position)
         if kind is MoMoVL:
             self.stage = momo_stage(name, config)
@@ -97,7 +97,7 @@ class Side:
         parts = self.parts
         if self.ahead:
             with self.run.autocast():
-                parts = self.stage.look_ahead(list(parts))
+                parts = self.stage.look_ahead(parts)
         for batches in parts:
             with self.run.autocast():
                 values = self.stage(*batches)

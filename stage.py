@@ -17,7 +17,7 @@ import checkpoint
 import data
 import losses
 import runtime
-from loader import with_counts, to_device
+from loader import to_device, with_counts
 from mome import Block, Config
 from runtime import UserError, at_least
 
@@ -81,13 +81,13 @@ class Stage(nn.Module):
         return {}
 
     def look_ahead(self, parts):
-        """What forward must know of all parts of a step (--accumulate), if it is more than counts:
-        a list of their batches → the same, with additions."""
+        """The parts of a step (--accumulate), a list of their batches → the same, with what forward
+        must know of the whole step, if that is more than counts."""
         return parts
 
     def seed(self, part=-1):
-        """Seeds the random choices of a part of this step on this process; −1: those that belong to
-        the whole step."""
+        """Seeds what a part of this step draws on this process, such as drop-path; −1: what the whole
+        step draws. The data have their own seeds."""
         runtime.seed_all(self.run_seed, self.step, losses.rank(), part)
 
     def blocks(self):

@@ -18,7 +18,7 @@ import losses
 import sources
 import texts
 from images import mask_blocks
-from loader import with_counts, to_device
+from loader import to_device, with_counts
 from mome import MIMHead
 from retrieval import retrieval, retrieval_sheet
 from runtime import UserError, seed_all
@@ -302,9 +302,12 @@ class VL(Stage):
         """Compares the pairs of all processes: the loss of Eq. (4), and for each pair a wrong image and
         a wrong text, hard negatives that are drawn among all pairs, and sent by their owners.
 
-        vectors: as above, or None: all are equally similar.
+        vectors: as above, of all pairs of this process, or None: all are equally similar. → "itc", the
+        loss; "wrong image" (b, 3, S, S), "wrong text", "wrong mask" (b, T), True = real token, with T
+        the longest of all processes; "image exists", "text exists" (b,) bool, False where a pair has no
+        negative; "pairs": how many ITM has.
         """
-        if "itc" not in wanted and "itm" not in wanted:
+        if not {"itc", "itm"} & set(wanted):
             return {}
         out, same = {}, losses.same_pairs(batch["ids"])  # (b, B): the same picture or caption, no negatives
         i2t = t2i = torch.zeros(same.shape, device=same.device)
@@ -327,10 +330,11 @@ class VL(Stage):
         return self.compare_parts(parts, self.loss_weights)
 
     def compare_parts(self, parts, wanted):
-        """Compares the pairs of all parts of a step: contrast and negatives are those of one pass, in
-        the memory of a part. The vectors that this takes are computed without gradients; forward
-        computes them again with the same drop-path, and gives them the gradients found here."""
-        if "itc" not in wanted and "itm" not in wanted:
+        """Compares the pairs of all parts of a step, as GradCache does: contrast and negatives are those
+        of one pass, in the memory of a part. The vectors that this takes are computed without
+        gradients; forward computes them again with the same drop-path, and gives them the gradients
+        found here."""
+        if len(parts) == 1 or not {"itc", "itm"} & set(wanted):
             return parts
         pairs, vectors, gradients = [batches[0] for batches in parts], None, None
         whole = {name: torch.cat([batch[name] for batch in pairs]) for name in ("image", "text", "mask", "ids")}

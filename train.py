@@ -164,7 +164,6 @@ def train(stage, args, run, start=None):
     done, record = (start.step, start.record) if resumed else (0, -math.inf)
 
     # The first batch tells what is trained
-    stage.run_seed = args.seed
     stage.to(run.device).train()
     loader = Loader(stage.samples, args, run, done)
     parts = next(loader)
@@ -190,13 +189,11 @@ def train(stage, args, run, start=None):
         lr = runtime.learning_rate(step, args.steps, args.warmup, args.lr, stage.decay)
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * lr
-        stage.step = step
+        stage.run_seed, stage.step = args.seed, step
 
-        # Forward and backward, part by part; DDP sends gradients in the last one only. Drop-path
-        # follows from (seed, step, process, part); the data have their own seeds
-        if args.accumulate > 1:
-            with run.autocast():
-                parts = stage.look_ahead(parts)
+        # Forward and backward, part by part; DDP sends gradients in the last one only
+        with run.autocast():
+            parts = stage.look_ahead(parts)
         for part, batches in enumerate(parts):
             model.require_backward_grad_sync = part == args.accumulate - 1  # DDP's; else of no effect
             stage.seed(part)
@@ -215,8 +212,7 @@ def train(stage, args, run, start=None):
         scaler.update()
         optimizer.zero_grad()
 
-        # Log, measure, save: in this order, so that a checkpoint never runs ahead of metrics.jsonl,
-        # and holds nothing that is not finite
+        # Log, measure, save: a checkpoint is never ahead of metrics.jsonl, and what it holds is finite
         stop, last = signals.asked(), step == args.steps
         saves = step % args.save_every == 0 or last or stop
         measures = args.eval_every and (step % args.eval_every == 0 or stage.best and last)

@@ -19,7 +19,7 @@ def test_damaged_files_are_read_or_refused_in_one_line():
 
 
 def test_killed_runs_go_on_bit_for_bit():
-    command = [sys.executable, "tests/kill.py", "--kills", "2", "--only", "momo-image"]
+    command = [sys.executable, "tests/kill.py", "--kills", "1", "--only", "momo-image"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     answer = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
     assert answer.returncode == 0, answer.stdout + answer.stderr

@@ -28,7 +28,7 @@ def inputs(B=5, H=3, R=4, S=7, d=6, dtype=torch.float64):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("at_a_time", [1, 2, 5])
 def test_it_is_attention_as_written_out(monkeypatch, masked, at_a_time):
-    monkeypatch.setattr(relative, "parts", lambda q, k: [slice(i, i + at_a_time) for i in range(0, 5, at_a_time)])
+    monkeypatch.setattr(relative, "chunks", lambda q, k: [slice(i, i + at_a_time) for i in range(0, 5, at_a_time)])
     q, k, v, table, index, mask = inputs()
     leaves, mask = [x.requires_grad_() for x in (q, k, v, table)], mask if masked else None
     plain = written_out(*leaves, index, mask)
@@ -40,10 +40,10 @@ def test_it_is_attention_as_written_out(monkeypatch, masked, at_a_time):
         assert (a - b).abs().max() < 1e-9
 
 
-def test_the_batch_is_taken_in_parts_that_cover_it():
+def test_the_batch_is_taken_in_chunks_that_cover_it():
     q, k = torch.empty(7, 12, 237, 1), torch.empty(7, 12, 237, 1)
-    assert relative.parts(q, k) == [slice(i, i + 1) for i in range(7)]
-    few = relative.parts(q[:, :, :1], k)  # one query a sample
+    assert relative.chunks(q, k) == [slice(i, i + 1) for i in range(7)]
+    few = relative.chunks(q[:, :, :1], k)  # one query a sample
     assert len(few) == 1 and len(q[few[0]]) == 7
 
 
