@@ -166,7 +166,8 @@ class MoMoText(MoMo, Stage):
 
     def forward(self, texts, images=None):
         """texts: masked, labels (b, T), mask (b, T) bool; images: image, hidden; and what
-        loader.with_counts adds. Two data sets, two batches, one gradient: cross-modality gradient accumulation (CMGA, Section 3.5)."""
+        loader.with_counts adds. Two data sets, two batches, one gradient: cross-modality gradient
+        accumulation (CMGA, Section 3.5)."""
         out = {}
         if self.trains(0):
             out["mlm"] = self.mlm(texts)

@@ -144,7 +144,8 @@ class Runtime:
         try:
             store, rank, world = next(dist.rendezvous("env://", timeout=TO_MEET))
         except (dist.DistError, ValueError) as error:  # ValueError: no address or port
-            raise UserError(f"{self.world} processes did not meet ({first_line(error)}): start all of them, best with torchrun") from None
+            advice = "start all of them, best with torchrun"
+            raise UserError(f"{self.world} processes did not meet ({first_line(error)}): {advice}") from None
         return {"store": store, "rank": rank, "world_size": world}
 
     def autocast(self):
