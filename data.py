@@ -56,11 +56,14 @@ class Absent(UserError):
     """Data without the split that was asked for."""
 
 
+WORLD = "shapes: the built-in world; shapes:N: N scarce scenes of it"
+
+
 def flags(parser, images=None, text=False, exclude=True):
     """Adds the flags of training data. images: how training images are augmented by default; None:
     there are none. exclude: whether some can be left out."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", default=["shapes"], metavar="PATH", help="shapes: the built-in world")
+    group.add_argument("--data", nargs="+", default=["shapes"], metavar="PATH", help=WORLD)
     if images:
         usual = f"(default: {images}; in the built-in world none)"
         group.add_argument("--augment", choices=AUGMENTATIONS, help=f"views of training images {usual}")

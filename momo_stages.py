@@ -13,6 +13,7 @@ from torch import nn
 import checkpoint
 import data
 import losses
+import shapes
 import sources
 import texts
 from loader import to_device, with_counts
@@ -97,9 +98,9 @@ def momo_flags(parser, base, two=True, images="crop"):
 
 def check_two(args, unused):
     """UserError for flags that contradict each other. unused: what --no-simultaneous leaves out."""
-    if args.no_simultaneous and unused != ["shapes"]:
+    if args.no_simultaneous and not shapes.asked(unused):
         raise UserError(f"--no-simultaneous leaves one modality, without {' '.join(unused)}")
-    if not args.no_simultaneous and (args.data == ["shapes"]) != (args.texts == ["shapes"]):
+    if not args.no_simultaneous and bool(shapes.asked(args.data)) != bool(shapes.asked(args.texts)):
         raise UserError("--data and --texts: name both, or leave both to the built-in world")
 
 
@@ -263,7 +264,7 @@ class MoMoAll(MoMoVL):
     def __init__(self, args, config, start, run):
         if args.no_simultaneous:
             raise UserError("stage momo-all is simultaneous")
-        if (args.images == ["shapes"]) != (args.data == ["shapes"]):
+        if bool(shapes.asked(args.images)) != bool(shapes.asked(args.data)):
             raise UserError("--data and --images: name both, or leave both to the built-in world")
         super().__init__(args, config, start, run)
         self.loss_weights["mim"] = 1.0

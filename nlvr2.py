@@ -112,8 +112,8 @@ class WorldStatements(shapes.World):
 
 def read(paths, split, image_size):
     """The source of a split. Absent if there is none of that name."""
-    if list(paths) == ["shapes"]:
-        return WorldStatements(split, image_size)
+    if world := WorldStatements.read(paths, split, image_size):
+        return world
     return task_records(Statement, statements(task_folder(paths), split), split)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import Absent, Picture, stable_hash
+from runtime import UserError
 
 COLORS = {
     "red": (220, 40, 40),
@@ -36,6 +37,18 @@ SCENES = {"train": 100_000, "val": 500, "test": 500}
 TIMES = 4  # questions per scene, and pairs of images per statement
 
 
+def asked(paths):
+    """How many training scenes --data asks for, by "shapes" or "shapes:N"; 0 if it names files."""
+    name, colon, count = str(paths[0]).partition(":")
+    if len(paths) > 1 or name != "shapes":
+        return 0
+    if not colon:
+        return SCENES["train"]
+    if not count.isdecimal() or int(count) == 0:
+        raise UserError(f"--data {paths[0]}: shapes:N has N scenes to train on, 1 or more")
+    return int(count)
+
+
 class World:
     """A source of pictures with captions. The item of a scene is its meaning, and a hash of the
     meaning gives the scene to one split: 8 tenths to train, 1 each to val and test. So splits share
@@ -44,11 +57,21 @@ class World:
     by_text = True  # in retrieval, a caption is right for every picture that has it
     drawn = True
 
-    def __init__(self, split, image_size, seed=0, count=None):
-        """image_size in pixels. Absent for a split that is not in SCENES."""
+    def __init__(self, split, image_size, count=None, scarce=False):
+        """image_size in pixels. scarce: colors and shapes come as often as in scarce pairs, see
+        make_thing. Absent for a split that is not in SCENES."""
         if split not in SCENES:
             raise Absent(f"the built-in world has no split {split}, but {', '.join(SCENES)}")
-        self.split, self.image_size, self.seed, self.count = split, image_size, seed, count or SCENES[split]
+        self.split, self.image_size, self.count, self.scarce = split, image_size, count or SCENES[split], scarce
+        self.name = f"{'scarce' if scarce else 0} {split}"  # of its random numbers
+
+    @classmethod
+    def read(cls, paths, split, image_size):
+        """The split of the world that --data asks for; None if it names files. shapes:N: of training, N
+        scarce scenes; val and test are those of the whole world."""
+        count = asked(paths)
+        scarce = split == "train" and paths != ["shapes"]
+        return cls(split, image_size, count if scarce else None, scarce) if count else None
 
     def __len__(self):
         return self.count
@@ -70,18 +93,19 @@ class World:
         return np.arange(2, 2 * self.count + 2, 2)
 
     def corpus(self):
-        """Captions, questions and statements, enough for every word of this world to come many
+        """Captions, questions and statements of the whole world, enough for every word to come many
         times."""
-        texts = [caption for i in range(min(self.count, 2000)) for caption in describe(self.scene(i))]
+        world = World("train", self.image_size)
+        texts = [caption for i in range(2000) for caption in describe(world.scene(i))]
         for i in range(0, 2000, 10):
-            texts += [self.question(i)[0], self.statement(i)[0]]
+            texts += [world.question(i)[0], world.statement(i)[0]]
         return texts
 
     def rng(self, purpose, i):
-        return random.Random(f"{purpose} {self.seed} {self.split} {i}")
+        return random.Random(f"{purpose} {self.name} {i}")
 
     def scene(self, i):
-        return scene_from(self.split, f"{self.seed} {self.split} {i}")
+        return scene_from(self.split, self.scarce, f"{self.name} {i}")
 
     def question(self, i):
         """Question i, on scene i // TIMES → (text, answer, type of the answer as in VQA 2.0)."""
@@ -99,9 +123,9 @@ class World:
         """The left and the right image of statement i."""
         _, holds, label = self.statement(i)
         rng = self.rng("pair", i)
-        scenes = [make_scene(self.split, rng) for _ in range(2)]
+        scenes = [make_scene(self.split, rng, self.scarce) for _ in range(2)]
         while holds(*scenes) != label:
-            scenes[rng.randrange(2)] = make_scene(self.split, rng)
+            scenes[rng.randrange(2)] = make_scene(self.split, rng, self.scarce)
         return tuple(draw_scene(scene, self.image_size, rng) for scene in scenes)
 
     def kind(self, i):
@@ -113,23 +137,32 @@ class World:
 
 
 @functools.lru_cache(10_000)
-def scene_from(split, seed):
+def scene_from(split, scarce, seed):
     """Kept, because its captions, its picture and each of its questions ask for it."""
-    return make_scene(split, random.Random(seed))
+    return make_scene(split, random.Random(seed), scarce)
 
 
-def make_scene(split, rng):
+def make_scene(split, rng, scarce=False):
     """A scene whose meaning belongs to a split."""
     while True:
-        things = [make_thing(rng) for _ in range(rng.choice((2, 3)))]
+        things = [make_thing(rng, scarce) for _ in range(rng.choice((2, 3)))]
         scene = {"layout": rng.choice(list(LAYOUTS)), "things": things}
         tenth = stable_hash(describe(scene)[0]) % 10
         if split == {9: "test", 8: "val"}.get(tenth, "train"):
             return scene
 
 
-def make_thing(rng):
-    return {"size": rng.choice(list(SIZES)), "color": rng.choice(list(COLORS)), "shape": rng.choice(SHAPES)}
+def make_thing(rng, scarce=False):
+    size = rng.choice(list(SIZES))
+    return {"size": size, "color": choose(rng, COLORS, scarce), "shape": choose(rng, SHAPES, scarce)}
+
+
+def choose(rng, names, scarce):
+    """One of the names. scarce: with a long tail, the k-th 1/k times as often as the first (Zipf's law)."""
+    names = list(names)
+    if not scarce:
+        return rng.choice(names)
+    return rng.choices(names, [1 / k for k in range(1, len(names) + 1)])[0]
 
 
 def describe(scene):

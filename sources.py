@@ -49,7 +49,7 @@ def read_pictures(args, image_size, captions=False, paths=None):
     names = set()
     if args.exclude and not paths:
         names = {line.strip() for line in reading.read_text(args.exclude).splitlines()}
-    if names and args.data == ["shapes"]:
+    if names and shapes.asked(args.data):
         raise UserError("--exclude: the built-in world has no files")
     paths = paths or args.data
     return read_splits(
@@ -58,14 +58,14 @@ def read_pictures(args, image_size, captions=False, paths=None):
 
 
 def pictures(paths, split, image_size, captions=False, excluded=()):
-    """The source of pictures that --data names: "shapes", or one or more folders; of training, all
+    """The source of pictures that --data names: the built-in world, or one or more folders; of training, all
     must have it. captions: they must have captions. excluded: names of files that training leaves
     out.
 
     UserError, before any work, for missing files; Absent if no folder has the split.
     """
-    if list(paths) == ["shapes"]:
-        return shapes.World(split, image_size)
+    if world := shapes.World.read(paths, split, image_size):
+        return world
     parts, by_text = [], True
     for folder in paths:
         check_folder(folder)

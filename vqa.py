@@ -125,7 +125,7 @@ class WorldQuestions(shapes.World):
 
 def read_sources(args, image_size):
     """{split: source} of --data. Training leaves out test2015, whose answers are not published."""
-    if not args.training or args.data == ["shapes"]:
+    if not args.training or shapes.asked(args.data):
         return read_splits(args.splits, lambda split: read(args.data, split, image_size))
     names = {"train": "trainval", "val": "minival"} if args.trainval else {}
     splits = ["train", "val"]
@@ -139,8 +139,8 @@ def read_sources(args, image_size):
 def read(paths, split, image_size):
     """The source of a split: train, val, test, test-dev; of val, minival has a fiftieth of the
     images, and trainval the rest next to train. Absent if there is no such split."""
-    if list(paths) == ["shapes"]:
-        return WorldQuestions(split, image_size)
+    if world := WorldQuestions.read(paths, split, image_size):
+        return world
     folder = task_folder(paths)
     if split == "trainval":
         rest = itertools.filterfalse(in_minival, questions(folder, "val"))
@@ -263,14 +263,14 @@ def normalise(answer):
 
 def answers_to_learn(args, sources):
     """The answers of the training data; with --trainval of all there is, for the usual 3,129. Of a
-    manifest all answers; the first 5,000 questions of the built-in world have every answer."""
+    manifest and of the built-in world (of 5,000 questions, which have every answer) all."""
     used = sources.values() if args.trainval else [sources["train"]]
-    majorities = []
+    majorities, world = [], shapes.asked(args.data)
     for source in used:
-        count = min(len(source), 5000) if args.data == ["shapes"] else len(source)
+        count = min(len(source), 5000) if world else len(source)
         majorities += [source[i].majority for i in range(count)]
     own = Path(args.data[0], "train.jsonl").exists()
-    answers = answer_vocabulary(majorities, 1 if own else 9)
+    answers = answer_vocabulary(majorities, 1 if own or world else 9)
     if not answers:
         raise UserError(f"--data {args.data[0]}: no answer comes often enough to be learned")
     return answers

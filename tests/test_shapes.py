@@ -9,6 +9,7 @@ import pytest
 
 import data
 import shapes
+from runtime import UserError
 
 
 def scene(layout, *names):
@@ -29,6 +30,22 @@ def test_splits_share_no_scene_and_no_caption_and_are_the_same_on_every_machine(
     assert shapes.World("test", 32)[7].item == f"{things} from left to right"
     with pytest.raises(data.Absent):
         shapes.World("dev", 32)
+
+
+def test_scarce_scenes_have_long_tails_and_the_words_of_the_whole_world():
+    scarce = shapes.World.read(["shapes:600"], "train", 32)
+    counts = Counter(thing["color"] for i in range(len(scarce)) for thing in scarce.scene(i)["things"])
+    wanted = np.array([1 / k for k in range(1, 9)])
+    share = np.array([counts[color] for color in shapes.COLORS]) / counts.total()
+    np.testing.assert_allclose(share, wanted / wanted.sum(), atol=0.03)
+    assert len(scarce) == 600 and scarce.corpus() == shapes.World("train", 32).corpus()
+    whole = shapes.World.read(["shapes:600"], "test", 32)
+    assert whole[7] == shapes.World("test", 32)[7]  # only training is scarce
+    assert shapes.World.read(["shapes"], "train", 32)[7] == shapes.World("train", 32)[7]
+    assert shapes.World.read(["shapes:600", "shapes"], "train", 32) is None  # of files
+    for wrong in ("shapes:", "shapes:0", "shapes:-1", "shapes:many"):
+        with pytest.raises(UserError):
+            shapes.asked([wrong])
 
 
 def test_a_scene_is_drawn_where_its_caption_says():
