@@ -163,8 +163,8 @@ def candidates(same, negatives):
 def draw_negatives(scores, candidate):
     """One hard negative a row, with probability softmax(scores) among the candidates.
 
-    scores, candidate (b, B) → drawn (b,) global indices, found (b,) bool: False where a row has no
-    candidate; its drawn index is then arbitrary. The softmax is in at least float32, over
+    scores, candidate (b, B) → drawn (b,) global indices; its probability (b,); found (b,) bool, False
+    where a row has no candidate, and what is drawn is then arbitrary. The softmax is in at least float32, over
     candidates only. Scores that are not finite draw something, too: it is the losses' part to say
     that a run has diverged.
     """
@@ -173,7 +173,8 @@ def draw_negatives(scores, candidate):
     scores = scores.masked_fill(~candidate & found[:, None], -math.inf)
     p = scores.softmax(1)
     # As torch.multinomial draws, which checks p and makes the host wait
-    return (p / torch.empty_like(p).exponential_()).argmax(1), found
+    drawn = (p / torch.empty_like(p).exponential_()).argmax(1)
+    return drawn, p.gather(1, drawn[:, None])[:, 0], found
 
 
 def itm_loss(logits, matched, found, count=None):

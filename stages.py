@@ -291,6 +291,9 @@ class VL(Stage):
             matched = torch.arange(3 * b, device=logits.device) < b
             exist = torch.cat([matched[:b], compared["image exists"], compared["text exists"]])
             out["itm"] = losses.itm_loss(logits, matched, exist, compared["pairs"])
+            right = (logits.argmax(1) == matched) & exist
+            out["itm accuracy"] = right.sum() / exist.sum()
+            out["negative probability"] = compared["probability"].mean()
         return out
 
     def vectors(self, batch):
@@ -305,7 +308,7 @@ class VL(Stage):
         vectors: as above, of all pairs of this process, or None: all are equally similar. → "itc", the
         loss; "wrong image" (b, 3, S, S), "wrong text", "wrong mask" (b, T), True = real token, with T
         the longest of all processes; "image exists", "text exists" (b,) bool, False where a pair has no
-        negative; "pairs": how many ITM has.
+        negative; "probability" (b,), with which they were drawn; "pairs": how many ITM has.
         """
         if not {"itc", "itm"} & set(wanted):
             return {}
@@ -317,8 +320,9 @@ class VL(Stage):
         if "itm" in wanted:
             self.seed()
             candidate = losses.candidates(same, self.negatives)  # (b, B) bool
-            drawn_image, out["image exists"] = losses.draw_negatives(t2i, candidate)  # (b,) each
-            drawn_text, out["text exists"] = losses.draw_negatives(i2t, candidate)
+            drawn_image, hard_image, out["image exists"] = losses.draw_negatives(t2i, candidate)  # (b,) each
+            drawn_text, hard_text, out["text exists"] = losses.draw_negatives(i2t, candidate)
+            out["probability"] = (hard_image + hard_text) / 2
             out["pairs"] = len(same) + out["image exists"].sum() + out["text exists"].sum()
             out["wrong image"] = losses.exchange(batch["image"], drawn_image)
             both = torch.stack(losses.pad_alike(batch["text"], batch["mask"].long()), dim=1)  # (b, 2, T)

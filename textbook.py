@@ -38,8 +38,8 @@ class Textbook(Stage):
         if "itm" in self.loss_weights:
             self.seed()
             candidate = losses.candidates(same, self.negatives)
-            drawn_image, image_found = losses.draw_negatives(t2i, candidate)
-            drawn_text, text_found = losses.draw_negatives(i2t, candidate)
+            drawn_image, _, image_found = losses.draw_negatives(t2i, candidate)
+            drawn_text, _, text_found = losses.draw_negatives(i2t, candidate)
             wrong_image = losses.gather(image)[drawn_image]
             wrong_text = losses.gather(text)[drawn_text]
             wrong_mask = losses.gather(mask.long()).bool()[drawn_text]

@@ -43,17 +43,18 @@ def test_negatives_are_drawn_from_the_softmax_over_candidates(dtype):
     """Over candidates only: next to exp(1000) all others would underflow."""
     scores = torch.tensor([[1000.0, 1.0, 2.0, 0.5]], dtype=dtype).repeat(20_000, 1)
     candidate = torch.tensor([[False, True, True, True]]).expand(20_000, 4)
-    drawn, found = losses.draw_negatives(scores, candidate)
+    drawn, p, found = losses.draw_negatives(scores, candidate)
     share = torch.bincount(drawn, minlength=4) / 20_000
     expected = F.pad(torch.tensor([1.0, 2.0, 0.5]).softmax(0), (1, 0))
     assert found.all() and share[0] == 0
     torch.testing.assert_close(share, expected, atol=0.015, rtol=0)
+    torch.testing.assert_close(p, expected[drawn])
 
 
 def test_rows_of_no_number_draw_a_candidate_and_rows_without_one_are_not_found():
     scores = torch.tensor([[math.nan, math.inf, 0.0], [1.0, 2.0, 3.0], [0.0, 9.0, 9.0]])
     candidate = torch.tensor([[True, False, True], [False] * 3, [True, False, False]])
-    drawn, found = losses.draw_negatives(scores, candidate)
+    drawn, p, found = losses.draw_negatives(scores, candidate)
     assert found.tolist() == [True, False, True]
     assert drawn[0] in (0, 2) and 0 <= drawn[1] < 3 and drawn[2] == 0
 
@@ -109,7 +110,8 @@ def vl(**switches):
 
 def most_similar(scores, candidate):
     """In place of the draw: the same negatives however many processes there are."""
-    return scores.detach().masked_fill(~candidate, -math.inf).argmax(1), candidate.any(1)
+    drawn = scores.detach().masked_fill(~candidate, -math.inf).argmax(1)
+    return drawn, torch.ones(len(drawn)), candidate.any(1)
 
 
 def over_processes(x):
