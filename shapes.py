@@ -26,6 +26,7 @@ COLORS = {
     "pink": (250, 160, 200),
     "black": (30, 30, 30),
 }
+BACKGROUND = (240, 240, 240)  # of all scenes: a shade of its own would tell pictures apart without a word
 SIZES = {"small": 0.62, "large": 1.0}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 LAYOUTS = {  # two things: before, after; three things: forwards, backwards
@@ -85,7 +86,7 @@ class World:
 
     def places(self, i):
         """Where the things of picture i are: [(x, y, radius), …] in its pixels."""
-        _, things = arrange(self.scene(i), self.image_size, self.rng("drawing", i))
+        things = arrange(self.scene(i), self.image_size, self.rng("drawing", i))
         return [(x, y, radius) for _, x, y, radius, _ in things]
 
     def caption_ends(self):
@@ -180,20 +181,17 @@ def describe(scene):
 
 
 def draw_scene(scene, size, rng):
-    """The scene as an RGB image (size, size); places, sizes, colors and background vary a little at
-    random."""
+    """The scene as an RGB image (size, size); places, sizes and colors vary a little at random."""
     canvas = 2 * size  # drawn twice as large, then averaged: smooth edges
-    background, things = arrange(scene, canvas, rng)
-    image = Image.new("RGB", (canvas, canvas), background)
-    for thing in things:
+    image = Image.new("RGB", (canvas, canvas), BACKGROUND)
+    for thing in arrange(scene, canvas, rng):
         draw_shape(ImageDraw.Draw(image), *thing)
     return image.reduce(2)
 
 
 def arrange(scene, size, rng):
-    """How a scene is drawn on (size, size) pixels → the color of the background, and for each thing
-    (shape, x, y, radius, color)."""
-    background, things, n = (rng.randint(225, 255),) * 3, [], len(scene["things"])
+    """How a scene is drawn on (size, size) pixels: for each thing (shape, x, y, radius, color)."""
+    things, n = [], len(scene["things"])
     for place, thing in enumerate(scene["things"]):
         along = (place + 0.5 + rng.uniform(-0.06, 0.06)) / n
         across = rng.uniform(0.35, 0.65)
@@ -201,7 +199,7 @@ def arrange(scene, size, rng):
         radius = 0.155 * SIZES[thing["size"]] * rng.uniform(0.92, 1.08)
         color = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLORS[thing["color"]])
         things.append((thing["shape"], x * size, y * size, radius * size, color))
-    return background, things
+    return things
 
 
 def draw_shape(draw, shape, x, y, r, color):
