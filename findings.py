@@ -1,23 +1,24 @@
 """The papers' orderings at the scale of a laptop: which parts of VLMo and MoMo matter where pairs are
 scarce, and pictures and texts are plentiful.
 
-    python findings.py                          # all runs with three seeds
-    python findings.py --only table5            # what one of the tables needs
-    python findings.py --only table4 --report   # the tables of what there is, without training
+    python findings.py                          # all runs with three seeds, some hours
+    python findings.py --only table5            # only the runs of Table 5
+    python findings.py --only table4 --report   # only the tables and pictures, from finished runs
 
-Every run is a command, below. Its folder is runs/findings/NAME-SEED, and what it prints goes to
-NAME-SEED.log. A run that was stopped goes on, and one that is finished stays as it is. At the end
-table.md, curves.png and answers.png are written next to them.
+Every run is a command, below. Its folder is runs/findings/NAME-SEED, and NAME-SEED.log has what it
+prints. A run that was stopped goes on, and one that is finished stays as it is. Next to them come, of
+each table, TABLE.md, TABLE-curves.png and TABLE-answers.png.
 """
 
 import collections
 import json
 import os
+import signal
 import statistics
 import string
 import subprocess
 import sys
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,12 +31,12 @@ import vqa
 from log import read_metrics
 from runtime import UserError, at_least
 
-# ---- What is run ---------------------------------------------------------------------------------
+# ---- The runs ------------------------------------------------------------------------------------
 
-# Pairs are scarce, with long tails; pictures and texts by themselves, and the tasks, have the whole world
+# Pairs are scarce, with long tails. Pictures and texts by themselves, and tasks, have the whole world
 PAIRS = "--data shapes:500 --batch-size 32 --steps 800 --eval-every 200"
 VL = f"train.py --stage vl {PAIRS}"
-MOMO_VL, MOMO_ALL = f"train.py --stage momo-vl {PAIRS}", f"train.py --stage momo-all {PAIRS}"
+MOMO_VL = f"train.py --stage momo-vl {PAIRS} --init {{momo-text}}"
 RUNS = {  # {NAME} in a command is the checkpoint of another run with the same seed
     "dvae": "train.py --stage dvae",
     "image": "train.py --stage image --dvae {dvae} --steps 1600",
@@ -52,21 +53,23 @@ RUNS = {  # {NAME} in a command is the checkpoint of another run with the same s
     "separate": VL + " --init {image} --attention separate",
     "momo-image": "train.py --stage momo-image",
     "momo-text": "train.py --stage momo-text --init {momo-image}",
-    "momo-text-alone": "train.py --stage momo-text --init {momo-image} --no-simultaneous",
-    "momo-vl": MOMO_VL + " --init {momo-text}",
-    "momo-vl-alone": MOMO_VL + " --init {momo-text} --no-simultaneous",
-    "momo-turns": MOMO_VL + " --init {momo-text} --no-cmga --steps 1600",  # the same batches
-    "momo-all": MOMO_ALL + " --init {momo-image}",
+    "momo-only-text": "train.py --stage momo-text --init {momo-image} --no-simultaneous",
+    "momo-vl": MOMO_VL,
+    "momo-only-pairs": MOMO_VL + " --no-simultaneous",
+    # As many batches of pairs and of texts, an update for each
+    "momo-turns": MOMO_VL + " --no-cmga --steps 1600",
+    # As many updates as stages 2 and 3 have together
+    "momo-all": f"train.py --stage momo-all {PAIRS} --init {{momo-image}} --steps 1800",
 }
-PROCESSES = {"local": 4}  # of others 1
-TASKS = {  # of a row: NAME+TASK
-    "nlvr2": "finetune.py --task nlvr2 --batch-size 32 --epochs 0.048 --eval-every 0",  # 600 steps
-    "vqa": "finetune.py --task vqa --batch-size 32 --epochs 0.032 --eval-every 0",  # 400
-    "rte": "finetune.py --task rte --batch-size 32 --epochs 0.128 --eval-every 0",  # 400
-    "probe": "finetune.py --task probe --batch-size 32 --epochs 0.128 --eval-every 0",  # 400
+PROCESSES = {"local": 4}  # all other runs: 1
+TASKS = {  # of a row: NAME+TASK. 600 steps of NLVR2, 400 of the others
+    "nlvr2": "finetune.py --task nlvr2 --batch-size 32 --epochs 0.048 --eval-every 0",
+    "vqa": "finetune.py --task vqa --batch-size 32 --epochs 0.032 --eval-every 0",
+    "rte": "finetune.py --task rte --batch-size 32 --epochs 0.128 --eval-every 0",
+    "probe": "finetune.py --task probe --batch-size 32 --epochs 0.128 --eval-every 0",
 }
-MEASURES = {  # {measure: (the task after which it is taken, or "": the run itself; its name in metrics.jsonl)}
-    "retrieval": ("", "mean"),  # zero-shot: the mean of R@1, 5 and 10, both ways
+MEASURES = {  # {measure: (the task that it is of, or "" of the run itself; its name in metrics.jsonl)}
+    "retrieval": ("", "mean"),  # zero-shot: the mean of R@1, R@5 and R@10, both ways
     "NLVR2": ("nlvr2", "accuracy"),
     "VQA": ("vqa", "accuracy"),
     "RTE": ("rte", "accuracy"),
@@ -75,21 +78,23 @@ MEASURES = {  # {measure: (the task after which it is taken, or "": the run itse
 
 
 class Table(NamedTuple):
-    """A table of a paper: its rows {run: in words}, what is measured, and the paper's orderings, each a
-    (better, worse) pair of rows."""
+    """A table of a paper."""
 
     title: str
-    rows: dict
+    rows: dict  # {run: in words}
     measures: list
-    claims: list
+    orderings: list  # of the paper: (the better row, the worse, the measures on which it is)
 
 
+PAPER = ["retrieval", "NLVR2"]  # measures of VLMo's ablations; VQA is ours
+VLMO = ["retrieval", "NLVR2", "VQA"]
+MOMO = ["retrieval", "VQA", "RTE", "linear probe"]
 TABLES = {
     "table4": Table(
         "VLMo, Table 4: what stage vl starts from",
         {"scratch": "random weights", "image-vl": "stage image", "text-vl": "stages image and text"},
-        ["retrieval", "NLVR2", "VQA"],
-        [("image-vl", "scratch"), ("text-vl", "image-vl")],
+        VLMO,
+        [("image-vl", "scratch", PAPER), ("text-vl", "image-vl", PAPER)],
     ),
     "table5": Table(
         "VLMo, Table 5: losses and experts",
@@ -101,48 +106,51 @@ TABLES = {
             "no-vl-experts": "without vision-language experts",
             "image-vl": "VLMo",
         },
-        ["retrieval", "NLVR2", "VQA"],
+        VLMO,
         [
-            ("itc-mlm", "itc"),
-            ("itc-itm", "itc"),
-            ("image-vl", "itc-mlm"),
-            ("image-vl", "itc-itm"),
-            ("image-vl", "standard"),
-            ("image-vl", "no-vl-experts"),
+            ("itc-mlm", "itc", PAPER),
+            ("itc-itm", "itc", PAPER),
+            ("image-vl", "itc-mlm", PAPER),
+            ("image-vl", "itc-itm", PAPER),
+            ("image-vl", "standard", PAPER),
+            ("image-vl", "no-vl-experts", PAPER),
         ],
     ),
     "table6": Table(
         "VLMo, Table 6: where hard negatives come from",
         {"local": "one of four processes", "image-vl": "all processes"},
-        ["retrieval", "NLVR2", "VQA"],
-        [("image-vl", "local")],
+        VLMO,
+        [("image-vl", "local", ["NLVR2"])],
     ),
     "table7": Table(
         "VLMo, Table 7: attention",
         {"separate": "separate", "image-vl": "shared"},
-        ["retrieval", "NLVR2", "VQA"],
-        [("image-vl", "separate")],
+        VLMO,
+        [("image-vl", "separate", PAPER)],
     ),
-    "momo-stage2": Table(
+    "momo2": Table(
         "MoMo, Table 6: stage 2",
-        {"momo-text-alone": "only texts", "momo-text": "simultaneous training"},
+        {"momo-only-text": "only texts", "momo-text": "texts and images"},
         ["RTE", "linear probe"],
-        [("momo-text", "momo-text-alone")],
+        [("momo-text", "momo-only-text", ["linear probe"])],
     ),
-    "momo-stage3": Table(
+    "momo3": Table(
         "MoMo, Tables 5 and 6: stage 3",
         {
-            "momo-all": "stages 2 and 3 combined",
-            "momo-vl-alone": "only pairs",
+            "momo-all": "stages 2 and 3 in one",
+            "momo-only-pairs": "only pairs",
             "momo-turns": "without CMGA",
             "momo-vl": "MoMo",
         },
-        ["retrieval", "VQA", "RTE", "linear probe"],
-        [("momo-vl", "momo-all"), ("momo-vl", "momo-vl-alone"), ("momo-vl", "momo-turns")],
+        MOMO,
+        [
+            ("momo-vl", "momo-all", ["RTE"]),
+            ("momo-all", "momo-vl", ["retrieval", "VQA", "linear probe"]),
+            ("momo-vl", "momo-only-pairs", ["RTE", "linear probe"]),
+            ("momo-vl", "momo-turns", MOMO),
+        ],
     ),
 }
-
-# ---- The order of runs ---------------------------------------------------------------------------
 
 
 def command(name):
@@ -151,74 +159,115 @@ def command(name):
     return f"{TASKS[task]} --init {{{row}}}" if task else RUNS[row]
 
 
-def origins(name):
+def needs(name):
     """The runs whose checkpoints a run takes."""
     return [field for _, field, _, _ in string.Formatter().parse(command(name)) if field]
 
 
-def with_origins(name):
+def with_needs(name):
     """A run, after all that it needs."""
-    return [*(before for origin in origins(name) for before in with_origins(origin)), name]
+    found = []
+    for other in needs(name):
+        found += with_needs(other)
+    return [*found, name]
 
 
-def measured_run(row, measure):
+def measured(row, measure):
     """The run that a measure of a row is taken from."""
     task, _ = MEASURES[measure]
     return f"{row}+{task}" if task else row
 
 
-def needed(tables):
+def runs_of(tables):
     """The runs of some tables, each once, and after all that it needs."""
-    names = [measured_run(row, measure) for table in tables for row in table.rows for measure in table.measures]
-    return list(dict.fromkeys(one for name in names for one in with_origins(name)))
+    found = []
+    for table in tables:
+        for row in table.rows:
+            for measure in table.measures:
+                found += with_needs(measured(row, measure))
+    return list(dict.fromkeys(found))
+
+
+# ---- Running them --------------------------------------------------------------------------------
 
 
 def train_all(names, args):
-    """Runs everything, --jobs at a time, each after what it needs. UserError with the last line of the
-    first run that fails."""
+    """Trains everything, --jobs at a time, each run after what it needs. UserError for the first that
+    fails. Whatever ends this, runs that go on are stopped, with a checkpoint."""
     waiting = [(name, seed) for name in names for seed in range(args.seeds)]
-    running, finished = {}, set()
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(waiting), unit="run") as bar:
+    running, finished = {}, set()  # {(name, seed): its process}
+    bar = tqdm(total=len(waiting), unit="run")
+    try:
         while waiting or running:
-            ready = [job for job in waiting if finished.issuperset((origin, job[1]) for origin in origins(job[0]))]
-            for job in ready[: args.jobs - len(running)]:
-                running[pool.submit(train_one, *job, args)] = job
-                waiting.remove(job)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                finished.add(running.pop(future))
-                future.result()
-                bar.update()
+            for name, seed in list(waiting):
+                ready = finished.issuperset((other, seed) for other in needs(name))
+                if ready and len(running) < args.jobs:
+                    waiting.remove((name, seed))
+                    running[name, seed] = start(name, seed, args)
+            for job, process in list(running.items()):
+                if process is None or process.poll() is not None:
+                    del running[job]
+                    check(*job, args, process)
+                    finished.add(job)
+                    bar.update()
+            time.sleep(0.02)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+        bar.close()
 
 
-def train_one(name, seed, args):
-    """One run, unless it is finished."""
-    out, log = folder(name, seed, args), Path(f"{folder(name, seed, args)}.log")
-    last = {origin: folder(origin, seed, args) / "last.pt" for origin in origins(name)}
-    words = [word.format_map(last) for word in command(name).split()] + ["--seed", str(seed), "--out", str(out)]
-    begun = log.exists() and log.read_text().split("\n")[0] == " ".join(words)  # by the same command
+def start(name, seed, args):
+    """Starts a run, or goes on with it. → its process; None if it is finished."""
+    out, log = folder(name, seed, args), logfile(name, seed, args)
+    # The log begins with all the commands that the run depends on: one that has changed begins anew
+    commands = [" ".join(arguments(one, seed, args)) for one in with_needs(name)]
+    head = "\n".join(commands) + "\n"
+    begun = log.exists() and log.read_text().startswith(head)
     if begun and result(out):
-        return
+        return None
     if not begun:
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(" ".join(words) + "\n")
-    with open(log, "a") as file:
-        launch(words + ["--resume"] * begun, PROCESSES.get(name, 1), args.jobs, file)
-    if not result(out):
-        raise UserError(f"{name}, seed {seed}: {log.read_text().splitlines()[-1]} (all that it says is in {log})")
+        log.write_text(head)
+    go_on = ["--resume"] if begun else []
+    return launch(arguments(name, seed, args) + go_on, PROCESSES.get(name, 1), args.jobs, log)
+
+
+def arguments(name, seed, args):
+    """The command of a run, word by word."""
+    last = {other: folder(other, seed, args) / "last.pt" for other in needs(name)}
+    words = [word.format_map(last) for word in command(name).split()]
+    return [*words, "--seed", str(seed), "--out", str(folder(name, seed, args))]
 
 
 def launch(words, processes, jobs, log):
-    """Starts a script of ours, and waits for its end."""
+    """Starts one of our scripts, whose output is added to a log. → its process."""
     python = [sys.executable]
     if processes > 1:
-        python += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = Path(__file__).with_name(words[0])
     threads = {"OMP_NUM_THREADS": str(max(1, runtime.cores() // jobs // processes))}
-    subprocess.run([*python, script, *words[1:]], stdout=log, stderr=log, env=os.environ | threads)
+    with open(log, "a") as file:
+        return subprocess.Popen([*python, script, *words[1:]], stdout=file, stderr=file, env=os.environ | threads)
+
+
+def check(name, seed, args, process):
+    """UserError if a run has failed."""
+    if process and process.returncode:
+        log = logfile(name, seed, args)
+        lines = [line for line in log.read_text().splitlines() if ": error: " in line]
+        said = lines[-1] if lines else f"status {process.returncode}"
+        raise UserError(f"{name}, seed {seed}: {said} (full output: {log})")
 
 
 def folder(name, seed, args):
     return Path(args.out, f"{name}-{seed}")
+
+
+def logfile(name, seed, args):
+    return Path(args.out, f"{name}-{seed}.log")
 
 
 # ---- What came out -------------------------------------------------------------------------------
@@ -237,20 +286,27 @@ def result(out):
 
 
 def values(row, measure, args):
-    """A measure of a row, by seed, as far as runs are finished."""
-    found = [result(folder(measured_run(row, measure), seed, args)) for seed in range(args.seeds)]
-    return [one[MEASURES[measure][1]] for one in found if one]
+    """A measure of a row, of each seed that is finished."""
+    _, name = MEASURES[measure]
+    found = [result(folder(measured(row, measure), seed, args)) for seed in range(args.seeds)]
+    return [entry[name] for entry in found if entry]
 
 
 def minutes(row, args):
-    """How long a row's own stage trained, by seed, as far as runs are finished: minutes on one core."""
+    """How long a row has trained, with the stages before it: minutes, of each seed that is finished."""
     found = []
-    for out in [folder(row, seed, args) for seed in range(args.seeds)]:
-        if result(out):
-            run = json.loads((out / "config.json").read_text())["args"]
-            rates = [rate for entry in entries(out) for name, rate in entry.items() if name.endswith("_per_s")]
-            found.append(run["steps"] * run["batch_size"] / statistics.harmonic_mean(rates) / 60)
+    for seed in range(args.seeds):
+        if result(folder(row, seed, args)):
+            found.append(sum(seconds(folder(name, seed, args)) for name in with_needs(row)) / 60)
     return found
+
+
+def seconds(out):
+    """How long a run takes at its median rate."""
+    run, rates = json.loads((out / "config.json").read_text())["args"], []
+    for entry in entries(out):
+        rates += [rate for name, rate in entry.items() if name.endswith("_per_s")]
+    return run["steps"] * run["batch_size"] / statistics.median(rates)
 
 
 def mean_and_error(numbers):
@@ -259,31 +315,37 @@ def mean_and_error(numbers):
     return statistics.mean(numbers), error
 
 
-def verdict(better, worse):
-    """What measures of two rows, each a list by seed, say of the paper's ordering: the difference, its
-    standard error, and whether it is beyond two of them."""
+def difference(better, worse):
+    """The difference of two rows' means, and its standard error."""
     (high, high_error), (low, low_error) = mean_and_error(better), mean_and_error(worse)
-    difference, error = high - low, (high_error**2 + low_error**2) ** 0.5
-    said = "not settled"
-    if min(len(better), len(worse)) > 1 and abs(difference) > 2 * error:
-        said = "reproduced" if difference > 0 else "contradicted"
-    return f"{said}: {difference:+.1f} ± {error:.1f}"
+    return high - low, (high_error**2 + low_error**2) ** 0.5
+
+
+def verdict(better, worse):
+    """What measures of two rows, each a list by seed, say of the paper's ordering, by two standard
+    errors of their difference."""
+    gap, error = difference(better, worse)
+    if min(len(better), len(worse)) < 2 or abs(gap) <= 2 * error:
+        return "not settled"
+    return "reproduced" if gap > 0 else "contradicted"
 
 
 def report(table, args):
-    """A table in Markdown: its rows with mean and standard error, and the paper's orderings with a verdict
-    on each measure."""
-    lines = ["", f"**{table.title}**", "", *header("", *table.measures, "minutes")]
+    """A table in Markdown: its rows with mean, standard error and the values by seed; and the paper's
+    orderings, with a verdict on each measure on which the paper has them."""
+    lines = [f"**{table.title}**", "", *header("", *table.measures, "minutes")]
     for row, meaning in table.rows.items():
-        columns = [values(row, measure, args) for measure in table.measures] + [minutes(row, args)]
-        lines.append(cells(meaning, *map(in_short, columns)))
+        columns = [in_short(values(row, measure, args)) for measure in table.measures]
+        time = minutes(row, args)
+        lines.append(cells(meaning, *columns, f"{statistics.mean(time):.1f}" if time else ""))
     lines += ["", *header("the paper's ordering", *table.measures)]
-    for better, worse in table.claims:
-        verdicts = []
+    for better, worse, measures in table.orderings:
+        columns = []
         for measure in table.measures:
-            high, low = values(better, measure, args), values(worse, measure, args)
-            verdicts.append(verdict(high, low) if high and low else "")
-        lines.append(cells(f"{table.rows[better]} > {table.rows[worse]}", *verdicts))
+            two = values(better, measure, args), values(worse, measure, args)
+            gap = "{:+.1f} ± {:.1f}".format(*difference(*two)) if all(two) else ""
+            columns.append(f"{verdict(*two)}: {gap}" if gap and measure in measures else gap)
+        lines.append(cells(f"{table.rows[better]} > {table.rows[worse]}", *columns))
     return "\n".join(lines) + "\n"
 
 
@@ -296,17 +358,18 @@ def header(*texts):
 
 
 def in_short(numbers):
+    """The mean, its standard error, and the numbers."""
     if not numbers:
         return ""
-    mean, error = mean_and_error(numbers)
-    return f"{mean:.1f} ± {error:.1f}" if len(numbers) > 1 else f"{mean:.1f}"
+    listed = ", ".join(f"{number:.1f}" for number in numbers)
+    return "{:.1f} ± {:.1f} ({})".format(*mean_and_error(numbers), listed)
 
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
 CURVES = {  # {name in metrics.jsonl: title}
     "itc": "contrast (ITC)",
-    "itm accuracy": "accuracy of matching (ITM)",
+    "itm accuracy": "matching (ITM); always no: 0.67",
     "mlm": "masked words (MLM)",
     "mean": "retrieval, split val",
 }
@@ -316,54 +379,59 @@ def curves(rows, args):
     """Losses and measures of rows {run: in words}, means over seeds, as one picture."""
     panels = {}
     for row, meaning in rows.items():
-        points = collections.defaultdict(list)  # {(title, step): values by seed}
+        points = collections.defaultdict(list)  # {(name, step): values by seed}
         for seed in range(args.seeds):
             for entry in entries(folder(row, seed, args)):
-                for name in CURVES.keys() & entry.keys():
-                    if entry.get("split") != "test":
-                        points[CURVES[name], entry["step"]].append(entry[name])
-        for (title, step), found in sorted(points.items()):
-            panels.setdefault(title, {}).setdefault(meaning, []).append((step, statistics.mean(found)))
+                if entry.get("split") != "test":
+                    for name in CURVES.keys() & entry.keys():
+                        points[name, entry["step"]].append(entry[name])
+        for (name, step), found in sorted(points.items()):
+            curve = panels.setdefault(CURVES[name], {}).setdefault(meaning, [])
+            curve.append((step, statistics.mean(found)))
     return drawing.chart(panels, list(rows.values()), columns=2) if panels else None
 
 
 def answers(rows, args, count=10):
     """What the rows {run: in words} answer to the same questions of split test, seed 0, as one picture."""
-    said = {}
+    found = {}
     for row, meaning in rows.items():
         out = folder(f"{row}+vqa", 0, args)
         if result(out):
-            predictions = out / "answers.json"
-            with open(f"{out}.log", "a") as log:
-                words = f"evaluate.py --task vqa --checkpoint {out}/last.pt --predictions {predictions}"
-                launch(words.split(), 1, args.jobs, log)
-            said[meaning] = {one["question_id"]: one["answer"] for one in json.loads(predictions.read_text())}
-    if not said:
+            path = out / "answers.json"
+            if not path.exists():
+                words = ["evaluate.py", "--task", "vqa", "--checkpoint", f"{out}/last.pt", "--predictions", str(path)]
+                process = launch(words, 1, args.jobs, logfile(f"{row}+vqa", 0, args))
+                process.wait()
+                check(f"{row}+vqa", 0, args, process)
+            found[meaning] = {answer["question_id"]: answer["answer"] for answer in json.loads(path.read_text())}
+    if not found:
         return None
     world, tiles = vqa.read(["shapes"], "test", 96), []
     for i in range(0, count * shapes.TIMES, shapes.TIMES):  # one question on each scene
-        lines = [world[i].text, f"right: {world[i].majority}", *(f"{row}: {one[i]}" for row, one in said.items())]
+        lines = [world[i].text, f"right: {world[i].majority}"]
+        lines += [f"{meaning}: {said[i]}" for meaning, said in found.items()]
         tiles.append(drawing.tile(world.image(i), "\n".join(lines), side=190))
     return drawing.sheet([("", tiles[k : k + 5]) for k in range(0, count, 5)])
 
 
 def main():
     parser = runtime.Parser(description=__doc__)
-    add = parser.add_argument
-    add("--only", nargs="+", choices=list(TABLES), default=list(TABLES), metavar="TABLE", help=", ".join(TABLES))
-    add("--seeds", type=at_least(1), default=3, help="0, 1, …")
-    add("--jobs", type=at_least(1), default=runtime.cores(), help="runs at a time, which share the cores")
-    add("--report", action="store_true", help="train nothing")
-    add("--out", default="runs/findings", metavar="DIR", help="where the runs go")
+    flag, number, usual = parser.add_argument, at_least(1), list(TABLES)
+    flag("--only", nargs="+", choices=usual, default=usual, metavar="TABLE", help=", ".join(usual))
+    flag("--seeds", type=number, default=3, metavar="N", help="seeds 0 to N − 1")
+    flag("--jobs", type=number, default=runtime.cores(), metavar="N", help="runs at a time")
+    flag("--report", action="store_true", help="train nothing")
+    flag("--out", default="runs/findings", metavar="DIR", help="where the runs go")
     args = parser.parse_args()
-    tables = {name: TABLES[name] for name in args.only}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     if not args.report:
-        train_all(needed(tables.values()), args)
+        train_all(runs_of(TABLES[name] for name in args.only), args)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    text = "".join(report(table, args) for table in tables.values())
-    Path(args.out, "table.md").write_text(text)
-    print(text)
-    for name, table in tables.items():
+    for name in args.only:
+        table = TABLES[name]
+        text = report(table, args)
+        print(text)
+        Path(args.out, f"{name}.md").write_text(text)
         for kind, draw in (("curves", curves), ("answers", answers)):
             if picture := draw(table.rows, args):
                 picture.save(Path(args.out, f"{name}-{kind}.png"))

@@ -64,14 +64,14 @@ class World:
         if split not in SCENES:
             raise Absent(f"the built-in world has no split {split}, but {', '.join(SCENES)}")
         self.split, self.image_size, self.count, self.scarce = split, image_size, count or SCENES[split], scarce
-        self.name = f"{'scarce' if scarce else 0} {split}"  # of its random numbers
+        self.name = f"scarce {split}" if scarce else f"0 {split}"  # seeds its random numbers
 
     @classmethod
     def read(cls, paths, split, image_size):
         """The split of the world that --data asks for; None if it names files. shapes:N: of training, N
         scarce scenes; val and test are those of the whole world."""
         count = asked(paths)
-        scarce = split == "train" and paths != ["shapes"]
+        scarce = split == "train" and ":" in str(paths[0])
         return cls(split, image_size, count if scarce else None, scarce) if count else None
 
     def __len__(self):

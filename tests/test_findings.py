@@ -1,87 +1,126 @@
-"""findings.py: every run begins, results become tables and verdicts, stopped runs go on."""
+"""findings.py: every run begins, runs go on and fail as they should, results become tables and verdicts."""
 
 import importlib
+import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SIZE, call
+from conftest import SIZE, call, metrics
 
 import findings
 from runtime import UserError
 
+ENDED = SimpleNamespace(poll=lambda: 0, wait=lambda: 0, returncode=0)  # a process that has succeeded
 
-@pytest.fixture
-def launched(monkeypatch, small_world):
-    """Runs are of two steps, and in this process → what was launched."""
-    found = []
+
+def settings(folder, seeds=1, jobs=2):
+    return SimpleNamespace(out=folder, seeds=seeds, jobs=jobs)
+
+
+def test_every_run_trains_and_is_measured(tmp_path, monkeypatch, small_world):
+    """Each of two steps, in this process."""
 
     def launch(words, processes, jobs, log):
-        found.append(words[words.index("--out") + 1] if "--out" in words else words[0])
         script = importlib.import_module(words[0].removesuffix(".py"))
-        small = {
-            "train": ["--steps", "2", "--batch-size", "8", "--eval-every", "0", "--log-every", "1"],
-            "finetune": ["--epochs", str(16 / 4000), "--batch-size", "8", "--log-every", "1"],
-        }.get(script.__name__, [])
-        if script.__name__ == "train" and "--init" not in words:
-            small += SIZE[-4:] + ["--codes", "8", "--width", "16"] if "dvae" in words else SIZE
-        call(monkeypatch, script, *words[1:], *small)
+        brief = ["--batch-size", "8", "--log-every", "1"]
+        if script.__name__ == "train":
+            brief += ["--steps", "2", "--eval-every", "0"]
+        elif script.__name__ == "finetune":
+            samples = {"vqa": 1200, "nlvr2": 1200}.get(words[2], 300)
+            brief += ["--epochs", str(16 / samples)]
+        else:
+            brief = []
+        if words[2] == "dvae":
+            brief += [*SIZE[-4:], "--codes", "8", "--width", "16"]
+        elif script.__name__ == "train" and "--init" not in words:
+            brief += SIZE
+        call(monkeypatch, script, *words[1:], *brief)
+        return ENDED
 
     monkeypatch.setattr(findings, "launch", launch)
-    return found
-
-
-def test_every_run_of_every_table_trains_and_is_measured(tmp_path, launched, monkeypatch, capsys):
-    args = SimpleNamespace(out=tmp_path, seeds=1, jobs=1)
-    names = findings.needed(findings.TABLES.values())
-    assert set(findings.RUNS) <= set(names)  # no run is for nothing
-    for name in names:
-        findings.train_one(name, 0, args)
-    assert len(launched) == len(names)
-    for name in names:
-        findings.train_one(name, 0, args)
-    assert len(launched) == len(names)  # all are finished
-
+    names, args = findings.runs_of(findings.TABLES.values()), settings(tmp_path)
+    assert set(findings.RUNS) <= set(names)  # none is for nothing
+    # Tasks are fine-tuned from the rows of other architectures only, to save time
+    tasks = [f"{row}+{task}" for row in ("standard", "no-vl-experts", "separate") for task in ("vqa", "nlvr2")]
+    tasks += [f"momo-all+{task}" for task in ("vqa", "rte", "probe")]
+    assert set(tasks) <= set(names)
+    findings.train_all([*findings.RUNS, *tasks], args)
     for table in findings.TABLES.values():
-        text = findings.report(table, args)
-        assert text.count("not settled") == len(table.claims) * len(table.measures)
-        assert findings.curves(table.rows, args)
-    assert findings.answers(findings.TABLES["table4"].rows, args, count=2)
+        for row in table.rows:
+            assert metrics(tmp_path / f"{row}-0")[-2]["step"] == 2
+            assert findings.minutes(row, args)[0] > 0
+            for measure in table.measures:
+                if findings.measured(row, measure) in (row, *tasks):
+                    assert len(findings.values(row, measure, args)) == 1
+    assert findings.curves(findings.TABLES["momo3"].rows, args)
+    assert findings.answers(findings.TABLES["table5"].rows, args, count=2)
+
+
+def write_run(folder, **measured):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"args": {"steps": 40, "batch_size": 30}}))
+    lines = [{"step": 40, "pairs_per_s": 10.0}, {"step": 40, "split": "test", **measured}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_report_has_means_errors_minutes_and_verdicts(tmp_path):
+    args, table = settings(tmp_path, seeds=3), findings.TABLES["table6"]
+    for seed in range(3):
+        for name in ("dvae", "image"):
+            write_run(tmp_path / f"{name}-{seed}")
+        write_run(tmp_path / f"image-vl-{seed}", mean=60 + seed)
+        write_run(tmp_path / f"local-{seed}", mean=50 + seed)
+        write_run(tmp_path / f"image-vl+nlvr2-{seed}", accuracy=70 + seed)
+    for seed in (0, 2):  # seed 1 is not finished
+        write_run(tmp_path / f"local+nlvr2-{seed}", accuracy=50 + 3 * seed)
+    rows = findings.report(table, args).splitlines()
+    assert rows[4] == "| one of four processes | 51.0 ± 0.6 (50.0, 51.0, 52.0) | 53.0 ± 3.0 (50.0, 56.0) |  | 6.0 |"
+    assert rows[5] == "| all processes | 61.0 ± 0.6 (60.0, 61.0, 62.0) | 71.0 ± 0.6 (70.0, 71.0, 72.0) |  | 6.0 |"
+    assert rows[9] == "| all processes > one of four processes | +10.0 ± 0.8 | reproduced: +18.0 ± 3.1 |  |"
 
 
 def test_a_verdict_needs_two_standard_errors():
-    assert findings.verdict([60, 61, 62], [50, 51, 52]) == "reproduced: +10.0 ± 0.8"
-    assert findings.verdict([50, 51, 52], [60, 61, 62]) == "contradicted: -10.0 ± 0.8"
-    assert findings.verdict([50, 60, 70], [50, 51, 52]) == "not settled: +9.0 ± 5.8"
-    assert findings.verdict([60], [50]) == "not settled: +10.0 ± 0.0"  # one seed settles nothing
+    assert findings.verdict([60, 61, 62], [50, 51, 52]) == "reproduced"
+    assert findings.verdict([50, 51, 52], [60, 61, 62]) == "contradicted"
+    assert findings.verdict([50, 60, 70], [50, 51, 52]) == "not settled"
+    assert findings.verdict([60], [50]) == "not settled"  # one seed settles nothing
 
 
-def test_a_run_comes_after_what_it_needs_and_a_failure_ends_all_with_one_line(tmp_path, monkeypatch):
-    """A stopped run goes on; one whose command has changed begins anew."""
-    resumed = []
+def test_a_run_comes_after_what_it_needs_goes_on_and_begins_anew_if_a_command_changes(tmp_path, monkeypatch):
+    launched = []
 
     def launch(words, processes, jobs, log):
         out = Path(words[words.index("--out") + 1])
-        resumed.append((out.name, "--resume" in words))
-        if "image" in words and seen["fails"]:
-            log.write("train.py: error: the disk is full\n")
-            return
-        out.mkdir(exist_ok=True)
-        (out / "metrics.jsonl").write_text('{"step": 2, "split": "test", "mean": 50}\n')
+        for other in findings.needs(out.name.removesuffix("-0")):
+            assert (tmp_path / f"{other}-0" / "metrics.jsonl").exists()
+        launched.append((out.name, "--resume" in words))
+        if out.name == "image-0" and broken:
+            with open(log, "a") as file:
+                file.write("train.py: error: the disk is full\n====\n")
+            return SimpleNamespace(poll=lambda: 2, returncode=2)
+        write_run(out, mean=50.0, accuracy=50.0)
+        return ENDED
 
-    seen = {"fails": True}
     monkeypatch.setattr(findings, "launch", launch)
-    args = SimpleNamespace(out=tmp_path, seeds=1, jobs=2)
-    names = findings.needed([findings.TABLES["table4"]])
-    assert names.index("dvae") < names.index("image") < names.index("text") < names.index("text-vl+vqa")
+    args, broken = settings(tmp_path), True
+    names = findings.runs_of([findings.TABLES["table4"]])
     with pytest.raises(UserError, match="image, seed 0: train.py: error: the disk is full"):
         findings.train_all(names, args)
-    begun = set(resumed)
-    assert ("image-0", False) in begun and not any(name.startswith("text") for name, _ in begun)
-    seen["fails"] = False
+    launched.clear()
+    broken = False
     findings.train_all(names, args)
-    assert ("image-0", True) in resumed and resumed.count(("dvae-0", False)) == 1
-    monkeypatch.setitem(findings.RUNS, "scratch", findings.RUNS["scratch"] + " --steps 7")
-    resumed.clear()
+    assert ("image-0", True) in launched and ("dvae-0", False) not in launched
+    launched.clear()
+    monkeypatch.setitem(findings.RUNS, "text", findings.RUNS["text"] + " --steps 7")
     findings.train_all(names, args)
-    assert resumed == [("scratch-0", False)]
+    assert launched == [(f"{name}-0", False) for name in ("text", "text-vl", "text-vl+nlvr2", "text-vl+vqa")]
+
+
+def test_scripts_are_launched_on_several_processes_and_their_errors_are_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(findings.RUNS, "local", "train.py --no-such-flag")
+    monkeypatch.setitem(findings.PROCESSES, "local", 2)
+    with pytest.raises(UserError, match="local, seed 0: train.py: error: unrecognized arguments: --no-such-flag"):
+        findings.train_all(["local"], settings(tmp_path))
+    assert os.listdir(tmp_path) == ["local-0.log"]

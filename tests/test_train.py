@@ -38,7 +38,7 @@ def test_a_run_leaves_a_checkpoint_metrics_and_its_configuration(stages):
     assert (found.stage, found.step, found.config.dim, found.args["batch_size"]) == ("vl", 4, 32, 8)
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 4] and entries[4]["split"] == "test"
     expected = {"itc", "itm", "mlm", "gradient norm", "lr", "scale", "pairs_per_s", "waited_s", "unreadable"}
-    assert entries[0].keys() == expected | {"step"}
+    assert entries[0].keys() == expected | {"step", "itm accuracy", "negative probability"}
     for stage, last in {"vl": [2 / 3, 1 / 3], "image": [3 / 4, 1 / 4]}.items():  # image: a cosine
         rates = [1e3 * entry["lr"] for entry in metrics(stages / stage)[:4]]
         assert rates == pytest.approx([1 / 2, 1, *last])
@@ -322,7 +322,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(flags, filled, 
     assert not Path("new").exists()
 
 
-@pytest.mark.parametrize("script", ["train", "finetune", "evaluate", "weights", "bench"])
+@pytest.mark.parametrize("script", ["train", "finetune", "evaluate", "weights", "bench", "findings"])
 def test_a_mistake_is_one_line_and_exit_status_2(script, monkeypatch, capsys):
     """The scripts as python runs them, except that os._exit, which ends a process, raises."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", "--wrong"])
