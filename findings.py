@@ -229,6 +229,8 @@ def start(name, seed, args):
     if begun and result(out):
         return None
     if not begun:
+        if out.exists():  # its results are not those of these commands
+            out.rename(f"{out}.before-{time.time_ns()}")
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(head)
     go_on = ["--resume"] if begun else []
@@ -336,8 +338,8 @@ def report(table, args):
     lines = [f"**{table.title}**", "", *header("", *table.measures, "minutes")]
     for row, meaning in table.rows.items():
         columns = [in_short(values(row, measure, args)) for measure in table.measures]
-        time = minutes(row, args)
-        lines.append(cells(meaning, *columns, f"{statistics.mean(time):.1f}" if time else ""))
+        spent = minutes(row, args)
+        lines.append(cells(meaning, *columns, f"{statistics.mean(spent):.1f}" if spent else ""))
     lines += ["", *header("the paper's ordering", *table.measures)]
     for better, worse, measures in table.orderings:
         columns = []
