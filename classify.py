@@ -194,7 +194,7 @@ def read_names(path):
 
 
 def labels(source):
-    """The classes of a source; of the built-in world all."""
+    """The classes of a source; all 48 of the built-in world, whichever of its scenes it has."""
     if isinstance(source, WorldClasses):
         return {f"{color} {shape}" for color in shapes.COLORS for shape in shapes.SHAPES}
     return {source[i].label for i in range(len(source))}

@@ -164,9 +164,9 @@ def draw_negatives(scores, candidate):
     """One hard negative a row, with probability softmax(scores) among the candidates.
 
     scores, candidate (b, B) → drawn (b,) global indices; its probability (b,); found (b,) bool, False
-    where a row has no candidate, and what is drawn is then arbitrary. The softmax is in at least float32, over
-    candidates only. Scores that are not finite draw something, too: it is the losses' part to say
-    that a run has diverged.
+    where a row has no candidate, and what is drawn is then arbitrary. The softmax is in at least
+    float32, over candidates only. Scores that are not finite draw something, too: it is the losses'
+    part to say that a run has diverged.
     """
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).nan_to_num()
     found = candidate.any(1)

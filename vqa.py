@@ -263,14 +263,16 @@ def normalise(answer):
 
 def answers_to_learn(args, sources):
     """The answers of the training data; with --trainval of all there is, for the usual 3,129. Of a
-    manifest and of the built-in world (of 5,000 questions, which have every answer) all."""
+    manifest, and of the built-in world, all; 5,000 questions of the whole world have every one."""
+    if shapes.asked(args.data):
+        world = WorldQuestions("train", 1)
+        return answer_vocabulary((world[i].majority for i in range(5000)), often=1)
     used = sources.values() if args.trainval else [sources["train"]]
-    majorities, world = [], shapes.asked(args.data)
+    majorities = []
     for source in used:
-        count = min(len(source), 5000) if world else len(source)
-        majorities += [source[i].majority for i in range(count)]
+        majorities += [source[i].majority for i in range(len(source))]
     own = Path(args.data[0], "train.jsonl").exists()
-    answers = answer_vocabulary(majorities, 1 if own or world else 9)
+    answers = answer_vocabulary(majorities, 1 if own else 9)
     if not answers:
         raise UserError(f"--data {args.data[0]}: no answer comes often enough to be learned")
     return answers

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import data
+import shapes
 import vqa as task
 from runtime import UserError
 from vqa import Question
@@ -157,6 +158,12 @@ def test_a_manifest_of_own_questions(tmp_path):
         del line["answers"]
     path.write_text("\n".join(map(json.dumps, lines)))
     assert task.read([tmp_path], "train", 8)[1].answers is None
+
+
+def test_ten_scenes_have_the_answers_of_the_whole_world():
+    args = SimpleNamespace(data=["shapes:10"], trainval=False)
+    answers = task.answers_to_learn(args, {"train": task.read(args.data, "train", 16)})
+    assert {"yes", "no", *"0123", *shapes.COLORS, *shapes.SHAPES, *shapes.SIZES} == set(answers)
 
 
 def test_the_world_asks_four_questions_about_each_scene():
