@@ -100,8 +100,14 @@ def check_two(args, unused):
     """UserError for flags that contradict each other. unused: what --no-simultaneous leaves out."""
     if args.no_simultaneous and not shapes.asked(unused):
         raise UserError(f"--no-simultaneous leaves one modality, without {' '.join(unused)}")
-    if not args.no_simultaneous and bool(shapes.asked(args.data)) != bool(shapes.asked(args.texts)):
-        raise UserError("--data and --texts: name both, or leave both to the built-in world")
+    if not args.no_simultaneous:
+        check_one_world("data", args.data, "texts", args.texts)
+
+
+def check_one_world(flag, paths, other, others):
+    """UserError if one of two flags names files, and the other the built-in world."""
+    if bool(shapes.asked(paths)) != bool(shapes.asked(others)):
+        raise UserError(f"--{flag} and --{other}: name both, or leave both to the built-in world")
 
 
 class MoMoImage(MoMo, Stage):
@@ -264,8 +270,7 @@ class MoMoAll(MoMoVL):
     def __init__(self, args, config, start, run):
         if args.no_simultaneous:
             raise UserError("stage momo-all is simultaneous")
-        if bool(shapes.asked(args.images)) != bool(shapes.asked(args.data)):
-            raise UserError("--data and --images: name both, or leave both to the built-in world")
+        check_one_world("data", args.data, "images", args.images)
         super().__init__(args, config, start, run)
         self.loss_weights["mim"] = 1.0
         self.pictures = sources.read_pictures(args, config.image_size, paths=args.images)
