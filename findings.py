@@ -11,6 +11,7 @@ each table, TABLE.md, TABLE-curves.png and TABLE-answers.png.
 """
 
 import collections
+import itertools
 import json
 import os
 import signal
@@ -68,12 +69,12 @@ TASKS = {  # of a row: NAME+TASK. 600 steps of NLVR2, 400 of the others
     "rte": "finetune.py --task rte --batch-size 32 --epochs 0.128 --eval-every 0",
     "probe": "finetune.py --task probe --batch-size 32 --epochs 0.128 --eval-every 0",
 }
-MEASURES = {  # {measure: (the task that it is of, or "" of the run itself; its name in metrics.jsonl)}
-    "retrieval": ("", "mean"),  # zero-shot: the mean of R@1, R@5 and R@10, both ways
-    "NLVR2": ("nlvr2", "accuracy"),
-    "VQA": ("vqa", "accuracy"),
-    "RTE": ("rte", "accuracy"),
-    "linear probe": ("probe", "accuracy"),
+MEASURES = {  # {measure of a row: (the run that it is of, its name in metrics.jsonl)}
+    "retrieval": ("{}", "mean"),  # zero-shot: the mean of R@1, R@5 and R@10, both ways
+    "NLVR2": ("{}+nlvr2", "accuracy"),
+    "VQA": ("{}+vqa", "accuracy"),
+    "RTE": ("{}+rte", "accuracy"),
+    "linear probe": ("{}+probe", "accuracy"),
 }
 
 
@@ -166,25 +167,20 @@ def needs(name):
 
 def with_needs(name):
     """A run, after all that it needs."""
-    found = []
-    for other in needs(name):
-        found += with_needs(other)
-    return [*found, name]
+    return [*(run for other in needs(name) for run in with_needs(other)), name]
 
 
 def measured(row, measure):
-    """The run that a measure of a row is taken from."""
-    task, _ = MEASURES[measure]
-    return f"{row}+{task}" if task else row
+    """The run that a measure of a row is of."""
+    return MEASURES[measure][0].format(row)
 
 
 def runs_of(tables):
     """The runs of some tables, each once, and after all that it needs."""
     found = []
     for table in tables:
-        for row in table.rows:
-            for measure in table.measures:
-                found += with_needs(measured(row, measure))
+        for row, measure in itertools.product(table.rows, table.measures):
+            found += with_needs(measured(row, measure))
     return list(dict.fromkeys(found))
 
 
@@ -233,8 +229,8 @@ def start(name, seed, args):
             out.rename(f"{out}.before-{time.time_ns()}")
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(head)
-    go_on = ["--resume"] if begun else []
-    return launch(arguments(name, seed, args) + go_on, PROCESSES.get(name, 1), args.jobs, log)
+    words = arguments(name, seed, args) + (["--resume"] if begun else [])
+    return launch(words, PROCESSES.get(name, 1), args.jobs, log)
 
 
 def arguments(name, seed, args):
@@ -289,18 +285,15 @@ def result(out):
 
 def values(row, measure, args):
     """A measure of a row, of each seed that is finished."""
-    _, name = MEASURES[measure]
+    name = MEASURES[measure][1]
     found = [result(folder(measured(row, measure), seed, args)) for seed in range(args.seeds)]
     return [entry[name] for entry in found if entry]
 
 
 def minutes(row, args):
     """How long a row has trained, with the stages before it: minutes, of each seed that is finished."""
-    found = []
-    for seed in range(args.seeds):
-        if result(folder(row, seed, args)):
-            found.append(sum(seconds(folder(name, seed, args)) for name in with_needs(row)) / 60)
-    return found
+    finished = [seed for seed in range(args.seeds) if result(folder(row, seed, args))]
+    return [sum(seconds(folder(name, seed, args)) for name in with_needs(row)) / 60 for seed in finished]
 
 
 def seconds(out):
@@ -379,17 +372,16 @@ CURVES = {  # {name in metrics.jsonl: title}
 
 def curves(rows, args):
     """Losses and measures of rows {run: in words}, means over seeds, as one picture."""
+    points = collections.defaultdict(list)  # {(name, row, step): values by seed}
+    for row, seed in itertools.product(rows, range(args.seeds)):
+        for entry in entries(folder(row, seed, args)):
+            if entry.get("split") != "test":
+                for name in CURVES.keys() & entry.keys():
+                    points[name, row, entry["step"]].append(entry[name])
     panels = {}
-    for row, meaning in rows.items():
-        points = collections.defaultdict(list)  # {(name, step): values by seed}
-        for seed in range(args.seeds):
-            for entry in entries(folder(row, seed, args)):
-                if entry.get("split") != "test":
-                    for name in CURVES.keys() & entry.keys():
-                        points[name, entry["step"]].append(entry[name])
-        for (name, step), found in sorted(points.items()):
-            curve = panels.setdefault(CURVES[name], {}).setdefault(meaning, [])
-            curve.append((step, statistics.mean(found)))
+    for (name, row, step), found in sorted(points.items()):
+        curve = panels.setdefault(CURVES[name], {}).setdefault(rows[row], [])
+        curve.append((step, statistics.mean(found)))
     return drawing.chart(panels, list(rows.values()), columns=2) if panels else None
 
 
@@ -430,12 +422,11 @@ def main():
         train_all(runs_of(TABLES[name] for name in args.only), args)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name in args.only:
-        table = TABLES[name]
-        text = report(table, args)
+        text = report(TABLES[name], args)
         print(text)
         Path(args.out, f"{name}.md").write_text(text)
         for kind, draw in (("curves", curves), ("answers", answers)):
-            if picture := draw(table.rows, args):
+            if picture := draw(TABLES[name].rows, args):
                 picture.save(Path(args.out, f"{name}-{kind}.png"))
 
 
