@@ -1,7 +1,7 @@
 """The papers' orderings at the scale of a laptop: which parts of VLMo and MoMo matter where pairs are
 scarce, and pictures and texts are plentiful.
 
-    python findings.py                          # all runs with three seeds, some hours
+    python findings.py                          # all runs with three seeds, about 3 hours
     python findings.py --only table5            # only the runs of Table 5
     python findings.py --only table4 --report   # only the tables and pictures, from finished runs
 
