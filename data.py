@@ -21,12 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import losses
-from images import AUGMENTATIONS, GRAY, Unreadable, augment, resize, to_tensor
+from images import AUGMENTATIONS, Unreadable, augment, resize, to_tensor
 from runtime import UserError, at_least, workers
 
 
@@ -122,7 +121,18 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        i, image, unreadable = self.read(self.picture(index))
+        wanted = self.picture(index)
+        for unreadable in range(IN_A_ROW):
+            i = (wanted + unreadable) % len(self.source)
+            try:
+                image = self.source.image(i, self.image_size)
+                break
+            except Unreadable as error:
+                if str(error) not in self.named:
+                    tqdm.write(f"{error}; the next image replaces it", file=sys.stderr)
+                    self.named.add(str(error))
+        else:  # an error in a loader process would end in a traceback: the Loader raises it
+            return {"unreadable": torch.tensor(IN_A_ROW)}
         sample = self.sample(index, i, image, rng)
         if self.hide:
             sample["hidden"] = self.hide(rng)
@@ -135,20 +145,6 @@ class Images(Dataset):
     def sample(self, index, i, image, rng):
         """What a sample holds, of picture i, its own or a replacement."""
         return {"image": self.view(image, rng)}
-
-    def read(self, wanted):
-        """→ number of the picture, its image, and how many before it could not be read. An error in
-        a loader process would end in a traceback, so a gray image stands for IN_A_ROW unreadable
-        ones, and the Loader stops."""
-        for unreadable in range(IN_A_ROW):
-            i = (wanted + unreadable) % len(self.source)
-            try:
-                return i, self.source.image(i, self.image_size), unreadable
-            except Unreadable as error:
-                if str(error) not in self.named:
-                    tqdm.write(f"{error}; the next image replaces it", file=sys.stderr)
-                    self.named.add(str(error))
-        return i, Image.new("RGB", (self.image_size, self.image_size), GRAY), IN_A_ROW
 
     def view(self, image, rng):
         if isinstance(image, tuple):
@@ -203,25 +199,20 @@ class Examples(Images):
 # ---- The order of samples ------------------------------------------------------------------------
 
 
-class Order:
-    """Which samples each batch holds, without end: batch k of all W processes is positions k·W·b …
-    (k+1)·W·b of the shuffled epochs, and process r takes its r-th part. So the global batch is the
-    same for any W, and a position in the data is a number. Iterating gives lists of b (epoch,
-    index), from batch `start` on."""
+def shuffled_batches(length, batch, rank, world, seed, start=0):
+    """Which samples each batch holds, without end: lists of b (epoch, index), from batch `start` on.
 
-    def __init__(self, length, batch, rank, world, seed, start=0):
-        self.length, self.batch, self.rank, self.world = length, batch, rank, world
-        self.seed, self.start = seed, start
-
-    def __iter__(self):
-        for k in itertools.count(self.start):
-            first = (k * self.world + self.rank) * self.batch
-            epochs, places = np.divmod(np.arange(first, first + self.batch), self.length)
-            batch = []
-            for epoch in range(epochs[0], epochs[-1] + 1):
-                indices = shuffled(places[epochs == epoch], self.length, (self.seed, epoch))
-                batch += [(epoch, index) for index in indices.tolist()]
-            yield batch
+    Batch k of all W processes is positions k·W·b … (k+1)·W·b of the shuffled epochs, and process r
+    takes its r-th part. So the global batch is the same for any W, and a position in the data is a
+    number."""
+    for k in itertools.count(start):
+        first = (k * world + rank) * batch
+        epochs, places = np.divmod(np.arange(first, first + batch), length)
+        keys = []
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            indices = shuffled(places[epochs == epoch], length, (seed, epoch))
+            keys += [(epoch, index) for index in indices.tolist()]
+        yield keys
 
 
 ROUNDS = 4  # of shifts by rows and by columns

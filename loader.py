@@ -6,9 +6,9 @@ Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches,
 import time
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from data import IN_A_ROW, Order
+from data import IN_A_ROW, shuffled_batches
 from runtime import UserError, workers
 from texts import IGNORE, cut
 
@@ -34,8 +34,9 @@ class Loader:
         for data_set in samples:
             if args.batch_size > len(data_set):
                 raise UserError(f"--batch-size {args.batch_size} is more than there are samples: {len(data_set)} at most")
-            order = Order(len(data_set), local, run.rank, run.world, args.seed, start * self.parts)
-            loader = DataLoader(data_set, batch_sampler=order, pin_memory=run.device.type == "cuda", **processes)
+            order = shuffled_batches(len(data_set), local, run.rank, run.world, args.seed, start * self.parts)
+            pinned = run.device.type == "cuda"
+            loader = DataLoader(data_set, batch_sampler=order, collate_fn=collate, pin_memory=pinned, **processes)
             self.loaders.append(iter(loader))
 
     def __iter__(self):
@@ -61,6 +62,12 @@ class Loader:
             raise UserError(f"{self.unreadable} of {self.read} images could not be read: repair them, or leave them out")
 
 
+def collate(samples):
+    """A batch, or how many images in a row could not be read, if no image was found for a sample."""
+    missing = [sample for sample in samples if len(sample) == 1]
+    return default_collate(missing or samples)
+
+
 def with_counts(parts):
     """The batches of a step, from one data set, with what a stage must know of them as numbers: asked
     later, for a length or how many tokens are masked, the device would make the host wait.
@@ -74,32 +81,25 @@ def with_counts(parts):
     visible (fewest, most)
         how many tokens of a text can be seen.
     """
-    parts = cut_texts(parts)
-    if "labels" in parts[0]:
-        add_places("masked", parts, [part["labels"] != IGNORE for part in parts])
-        for part in parts:
-            seen = (part["mask"] & (part["labels"] == IGNORE)).sum(1)
+    parts = [dict(part) for part in parts]
+    if "mask" in parts[0]:
+        T = max(cut(part["mask"]) for part in parts)
+    for part in parts:
+        for name in part.keys() & {"text", "mask", "masked", "labels"}:
+            part[name] = part[name][:, :T]
+        if "labels" in part:
+            predicted = part["labels"] != IGNORE
+            part["masked_at"] = predicted.flatten().nonzero()[:, 0]
+            seen = (part["mask"] & ~predicted).sum(1)
             part["visible"] = int(seen.min()), int(seen.max())
-    if "hidden" in parts[0]:
-        add_places("hidden", parts, [part["hidden"] for part in parts])
+        if "hidden" in part:
+            part["hidden_at"] = part["hidden"].flatten().nonzero()[:, 0]
+    for name in ("masked", "hidden"):
+        if f"{name}_at" in parts[0]:
+            mean = sum(len(part[f"{name}_at"]) for part in parts) / len(parts)
+            for part in parts:
+                part[f"{name}_count"] = mean
     return parts
-
-
-def add_places(name, parts, marked):
-    """Adds where the True of marked, (b, ·) bool for each part, are, and their mean number."""
-    places = [marks.flatten().nonzero()[:, 0] for marks in marked]
-    mean = sum(map(len, places)) / len(parts)
-    for part, at in zip(parts, places):
-        part |= {f"{name}_at": at, f"{name}_count": mean}
-
-
-def cut_texts(parts):
-    """All texts cut to the longest of the step."""
-    if "mask" not in parts[0]:
-        return [dict(part) for part in parts]
-    T = max(cut(part["mask"]) for part in parts)
-    texts = ("text", "mask", "masked", "labels")
-    return [{name: x[:, :T] if name in texts else x for name, x in part.items()} for part in parts]
 
 
 def to_device(batch, device):

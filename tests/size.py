@@ -58,7 +58,7 @@ def use(rank, world, port, folder, draws):
     source = sources.pictures([folder], "train", 8, captions=True)
     args = SimpleNamespace(seed=0, augment=None, no_flip=False)
     pairs = data.Pairs(source, None, 8, args)
-    batches = iter(data.Order(len(pairs), 1000, rank, world, 0))
+    batches = iter(data.shuffled_batches(len(pairs), 1000, rank, world, 0))
     first = next(batches)
     ready = time.perf_counter() - start
     for _ in range(draws // 1000):

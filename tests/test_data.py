@@ -18,7 +18,7 @@ import nlvr2
 import runtime
 import shapes
 import texts
-from loader import Loader
+from loader import Loader, collate
 from runtime import UserError
 
 # ---- Images --------------------------------------------------------------------------------------
@@ -221,13 +221,13 @@ def test_examples_have_both_images_the_text_and_the_target_of_a_sample(words):
 
 
 def test_an_epoch_has_every_sample_once_for_any_number_of_processes_and_any_start():
-    whole = next(iter(data.Order(10, 80, 0, 1, 3)))  # eight epochs in one batch
+    whole = next(iter(data.shuffled_batches(10, 80, 0, 1, 3)))  # eight epochs in one batch
     for epoch in range(8):
         assert sorted(whole[10 * epoch : 10 * epoch + 10]) == [(epoch, i) for i in range(10)]
     assert [index for _, index in whole[:10]] != [index for _, index in whole[10:20]]
     for world in (1, 2, 3, 12):
         for start in (0, 5):
-            orders = [iter(data.Order(10, 12 // world, r, world, 3, start)) for r in range(world)]
+            orders = [data.shuffled_batches(10, 12 // world, r, world, 3, start) for r in range(world)]
             assert sum(map(next, orders), []) == whole[12 * start : 12 * start + 12]
 
 
@@ -288,6 +288,7 @@ def test_an_unreadable_image_is_named_once_and_the_next_replaces_it(words, capsy
     assert capsys.readouterr().err.count("cannot be read") == 2
     gone = data.Images(Pictures(3, broken=range(3)), 8, options())  # a disk that is gone
     assert gone[0, 0]["unreadable"] == data.IN_A_ROW
+    assert collate([pairs[0, 0], gone[0, 0]])["unreadable"].tolist() == [data.IN_A_ROW]  # also among others
 
 
 @pytest.mark.parametrize("read, most", [(100, 10), (2000, 20), (20_000, data.IN_A_ROW - 1)])
