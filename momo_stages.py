@@ -191,7 +191,7 @@ class MoMoVL(MoMo, VL):
     """Stage 3: contrast, matching (VLMo's, on whole pairs) and cross-modal masking (Eq. 3) on
     pairs, and hidden tokens of texts (Eq. 2) in every step."""
 
-    modalities = ["pair", "text"]
+    modalities, of_pairs = ["pair", "text"], {"itc", "itm"}
     recipe = {
         "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100),
         "base": dict(batch_size=4096, steps=161_000, warmup=16_100, lr=1e-4, max_text_len=196),
@@ -214,7 +214,6 @@ class MoMoVL(MoMo, VL):
         if not args.no_simultaneous:
             weights["mlm"] = 1.0
         self.loss_weights = {name: weight for name, weight in weights.items() if weight > 0}
-        self.aligned = self.loss_weights.keys() & {"itc", "itm"}
         self.sources = sources.read_pictures(args, config.image_size, captions=True)
         self.documents = [] if args.no_simultaneous else args.texts
         self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
@@ -238,7 +237,7 @@ class MoMoVL(MoMo, VL):
         out = {}
         if self.trains(0):
             # Eq. (4), and matching; first, because look_ahead begins with the same random numbers
-            out |= self.pair_losses(pairs, self.aligned)
+            out |= super().forward(pairs)
             # Eq. (3) is the sum of these two
             pixels, logits = reconstruct(self.model, self.decoder("pair"), pairs)
             out["cmm mim"] = mim_loss(pixels, self.targets(pairs), pairs["hidden_count"])
@@ -248,7 +247,7 @@ class MoMoVL(MoMo, VL):
         return out
 
     def look_ahead(self, parts):
-        return self.compare_parts(parts, self.aligned) if self.trains(0) else parts
+        return super().look_ahead(parts) if self.trains(0) else parts
 
     def measure(self, split, device):
         return super().measure(split, device) | measure_texts(self, split, device)

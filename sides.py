@@ -116,7 +116,7 @@ def momo_stage(name, config):
     decoders = {kind: momo.Decoder(config, shape, kind) for kind in ("pair", "text")}
     stage = bare(MoMoVL, VLMo(config), head=nn.ModuleDict(decoders), negatives="global")
     stage.loss_weights = dict.fromkeys(["cmm mim", "cmm mlm", "itc", "itm", "mlm"], 1.0)
-    stage.aligned, stage.normalised = {"itc", "itm"}, False
+    stage.normalised = False
     return stage
 
 

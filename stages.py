@@ -204,6 +204,7 @@ class VL(Stage):
     """Image-text contrast, image-text matching and masked language modeling on pairs (Section
     3.3)."""
 
+    of_pairs = {"itc", "itm", "mlm"}  # the losses of forward; MoMo's "mlm" is another one
     recipe = {
         "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100, max_text_len=24),
         "base": dict(batch_size=1024, steps=200_000, warmup=2500, lr=2e-4, max_text_len=40),  # Section 4.1
@@ -249,17 +250,14 @@ class VL(Stage):
     def forward(self, batch):
         """batch: image (b, 3, S, S); text, masked, labels (b, T) int64; mask (b, T) bool; ids (b, 2)
         int64, as data.Pairs makes them, and what loader.with_counts adds."""
-        return self.pair_losses(batch, self.loss_weights)
-
-    def pair_losses(self, batch, wanted):
-        """Those of the losses "itc", "itm", "mlm" that are wanted, and 1/σ."""
         image, text, mask = batch["image"], batch["text"], batch["mask"]
         (b, T), out, pairs = text.shape, {}, []
+        wanted = self.loss_weights.keys() & self.of_pairs
 
         # Image-text contrast: Eq. (3) and (4), and hard negatives. Of a step in parts, look_ahead has
         # compared all pairs
         vectors = self.vectors(batch) if "itc" in wanted else None
-        compared = batch["compared"] if "compared" in batch else self.compare(batch, vectors, wanted)
+        compared = batch["compared"] if "compared" in batch else self.compare(batch, vectors)
         if "itc" in wanted:
             out["itc"], out["scale"] = compared["itc"], vectors[2].detach()
         if "gradients" in compared:
@@ -301,7 +299,7 @@ class VL(Stage):
         image = self.model.embed_image(batch["image"])
         return image, self.model.embed_text(batch["text"], batch["mask"]), self.model.scale()
 
-    def compare(self, batch, vectors, wanted):
+    def compare(self, batch, vectors):
         """Compares the pairs of all processes: the loss of Eq. (4), and for each pair a wrong image and
         a wrong text, hard negatives that are drawn among all pairs, and sent by their owners.
 
@@ -310,14 +308,14 @@ class VL(Stage):
         the longest of all processes; "image exists", "text exists" (b,) bool, False where a pair has no
         negative; "probability" (b,), with which they were drawn; "pairs": how many ITM has.
         """
-        if not {"itc", "itm"} & set(wanted):
+        if not {"itc", "itm"} & self.loss_weights.keys():
             return {}
         out, same = {}, losses.same_pairs(batch["ids"])  # (b, B): the same picture or caption, no negatives
         i2t = t2i = torch.zeros(same.shape, device=same.device)
         if vectors:
             i2t, t2i = losses.similarities(*vectors)  # (b, B) each
             out["itc"] = losses.itc_loss(i2t, t2i, same)
-        if "itm" in wanted:
+        if "itm" in self.loss_weights:
             self.seed()
             candidate = losses.candidates(same, self.negatives)  # (b, B) bool
             drawn_image, hard_image, out["image exists"] = losses.draw_negatives(t2i, candidate)  # (b,) each
@@ -331,18 +329,15 @@ class VL(Stage):
         return out
 
     def look_ahead(self, parts):
-        return self.compare_parts(parts, self.loss_weights)
-
-    def compare_parts(self, parts, wanted):
         """Compares the pairs of all parts of a step, as GradCache does: contrast and negatives are those
         of one pass, in the memory of a part. The vectors that this takes are computed without
         gradients; forward computes them again with the same drop-path, and gives them the gradients
         found here."""
-        if len(parts) == 1 or not {"itc", "itm"} & set(wanted):
+        if len(parts) == 1 or not {"itc", "itm"} & self.loss_weights.keys():
             return parts
         pairs, vectors, gradients = [batches[0] for batches in parts], None, None
         whole = {name: torch.cat([batch[name] for batch in pairs]) for name in ("image", "text", "mask", "ids")}
-        if "itc" in wanted:
+        if "itc" in self.loss_weights:
             images, texts = [], []
             for number, batch in enumerate(pairs):
                 self.seed(number)
@@ -351,8 +346,8 @@ class VL(Stage):
                 images.append(image)
                 texts.append(text)
             vectors = [x.requires_grad_() for x in (torch.cat(images), torch.cat(texts), scale)]
-        compared = self.compare(whole, vectors, wanted)
-        if "itc" in wanted:
+        compared = self.compare(whole, vectors)
+        if "itc" in self.loss_weights:
             with torch.autocast(whole["ids"].device.type, enabled=False):
                 gradients = torch.autograd.grad(compared["itc"], vectors)
 

@@ -64,7 +64,7 @@ def in_one_graph(stage, parts):
         states.append(torch.get_rng_state())
     whole = {name: torch.cat([batch[name] for (batch,) in parts]) for name in ("image", "text", "mask", "ids")}
     image, text, scale = zip(*vectors)
-    found = stage.compare(whole, (torch.cat(image), torch.cat(text), scale[0]), stage.loss_weights)
+    found = stage.compare(whole, (torch.cat(image), torch.cat(text), scale[0]))
     total = found["itc"]
     for number, (batch,) in enumerate(parts):
         b = len(batch["ids"])
@@ -110,7 +110,7 @@ def test_gradients_of_the_whole_step_are_in_full_precision_under_autocast():
         vectors = [stage.vectors(batch)[:2] for batch in (first, second)]
     image, text = (torch.cat(column).detach().requires_grad_() for column in zip(*vectors))
     whole = {name: torch.cat([first[name], second[name]]) for name in ("image", "text", "mask", "ids")}
-    exact = stage.compare(whole, (image, text, stage.model.scale()), ["itc"])["itc"]
+    exact = stage.compare(whole, (image, text, stage.model.scale()))["itc"]
     for number, expected in enumerate(torch.autograd.grad(exact, (image, text))):
         found = torch.cat([part["compared"]["gradients"][number] for part in (first, second)]) / 2
         assert found.dtype == torch.float32 and (found - expected).norm() < 1e-5 * expected.norm()
