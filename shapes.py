@@ -6,7 +6,6 @@ bottom. It has captions, questions and a class; two scenes have statements. No f
 same on every machine.
 """
 
-import functools
 import math
 import random
 
@@ -106,7 +105,7 @@ class World:
         return random.Random(f"{purpose} {self.name} {i}")
 
     def scene(self, i):
-        return scene_from(self.split, self.scarce, f"{self.name} {i}")
+        return make_scene(self.split, random.Random(f"{self.name} {i}"), self.scarce)
 
     def question(self, i):
         """Question i, on scene i // TIMES → (text, answer, type of the answer as in VQA 2.0)."""
@@ -137,12 +136,6 @@ class World:
 # ---- Scenes and captions -------------------------------------------------------------------------
 
 
-@functools.lru_cache(10_000)
-def scene_from(split, scarce, seed):
-    """Kept, because its captions, its picture and each of its questions ask for it."""
-    return make_scene(split, random.Random(seed), scarce)
-
-
 def make_scene(split, rng, scarce=False):
     """A scene whose meaning belongs to a split."""
     while True:
@@ -154,16 +147,12 @@ def make_scene(split, rng, scarce=False):
 
 
 def make_thing(rng, scarce=False):
-    size = rng.choice(list(SIZES))
-    return {"size": size, "color": choose(rng, COLORS, scarce), "shape": choose(rng, SHAPES, scarce)}
-
-
-def choose(rng, names, scarce):
-    """One of the names. scarce: with a long tail, the k-th 1/k times as often as the first (Zipf's law)."""
-    names = list(names)
-    if not scarce:
-        return rng.choice(names)
-    return rng.choices(names, [1 / k for k in range(1, len(names) + 1)])[0]
+    """scarce: colors and shapes have long tails, the k-th comes 1/k times as often as the first (Zipf's law)."""
+    thing = {"size": rng.choice(list(SIZES))}
+    for name, values in {"color": list(COLORS), "shape": SHAPES}.items():
+        tail = [1 / k for k in range(1, len(values) + 1)]
+        [thing[name]] = rng.choices(values, tail) if scarce else [rng.choice(values)]
+    return thing
 
 
 def describe(scene):

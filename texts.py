@@ -113,7 +113,7 @@ def vocabulary(args, config, start, run, corpus):
     tokenizer = known or given
     if not tokenizer:
         text = run.from_main(lambda: train_tokenizer(corpus(), config.vocab_size).to_str())
-        tokenizer = tokenizer_from_json(text, "the new tokenizer")
+        tokenizer = tokenizers.Tokenizer.from_str(text)
     words = Words(tokenizer, config.max_text_len)
     return words, dataclasses.replace(config, vocab_size=words.size)
 
