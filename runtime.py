@@ -9,7 +9,6 @@ import functools
 import gc
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -343,37 +342,32 @@ def once_per_node(fill, read):
     folder = Path(tempfile.gettempdir(), names[0])
     fills = not together or int(os.environ.get("LOCAL_RANK", 0)) == 0
     try:
-        if fills:
-            fill_or_note_error(fill, folder)
-        if together:
-            dist.barrier()
-        refused = folder / REFUSED
-        error = pickle.loads(refused.read_bytes()) if refused.exists() else None
-        answer = None if error else read(folder)
+        error = fill_folder(fill, folder) if fills else None
+        errors = [error]
+        if together:  # all wait here, until the folders are filled
+            errors = [None] * dist.get_world_size()
+            dist.all_gather_object(errors, error)
+        answer = None if any(errors) else read(folder)
         if together:
             dist.barrier()
     finally:
         if fills:
             shutil.rmtree(folder, ignore_errors=True)
-    if error:
+    for error in filter(None, errors):
         raise error
     return answer
 
 
-REFUSED = "refused"  # the file in such a folder that holds the error instead of all others
-
-
-def fill_or_note_error(fill, folder):
-    """Fills a new folder. An error is left in it instead, for all processes to raise."""
-    folder.mkdir()
+def fill_folder(fill, folder):
+    """Makes and fills a folder → None, or the UserError that ended it."""
     try:
+        folder.mkdir()
         fill(folder)
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError):
-            error = UserError(f"{folder} could not be filled ({error}): TMPDIR names another place")
-        for path in folder.iterdir():
-            path.unlink()  # so that there is room
-        (folder / REFUSED).write_bytes(pickle.dumps(error))
+    except OSError as error:
+        return UserError(f"{folder} could not be filled ({error}): TMPDIR names another place")
+    except UserError as error:
+        return error
+    return None
 
 
 def first_line(error):

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
+import losses
 from records import Records
 
 
@@ -43,6 +44,19 @@ def test_one_process_reads_and_all_have_the_records_or_the_error(processes, tmp_
     assert errors == [(name, "no such records") for name in ("Absent", "UserError")]
     assert processes(2, draw, str(tmp_path)) == [single, (records, ends, 0, errors)]
     assert not os.listdir(tmp_path)
+
+
+def fail_on_another_node(folder):
+    """Each of two processes is the first of its node; that of the second cannot read its records."""
+    os.environ["LOCAL_RANK"], tempfile.tempdir = "0", os.path.join(folder, str(losses.rank()))
+    os.mkdir(tempfile.tempdir)
+    with pytest.raises(data.UserError, match="no such records"):
+        Records(data.Picture, pictures(3, error=data.UserError("no such records") if losses.rank() else None))
+    assert not os.listdir(tempfile.tempdir)
+
+
+def test_an_error_on_one_node_ends_the_run_on_all(processes, tmp_path):
+    processes(2, fail_on_another_node, str(tmp_path))
 
 
 def test_workers_read_the_same_files(tmp_path):
