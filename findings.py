@@ -25,11 +25,13 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+import checkpoint
 import drawing
 import runtime
 import shapes
 import vqa
 from log import read_metrics
+from retrieval import retrieval
 from runtime import UserError, at_least
 
 # ---- The runs ------------------------------------------------------------------------------------
@@ -71,6 +73,7 @@ TASKS = {  # of a row: NAME+TASK. 600 steps of NLVR2, 400 of the others
 }
 MEASURES = {  # {measure of a row: (the run that it is of, its name in metrics.jsonl)}
     "retrieval": ("{}", "mean"),  # zero-shot: the mean of R@1, R@5 and R@10, both ways
+    "rare things": ("{}", "mean"),  # the same, in split rare of the built-in world
     "NLVR2": ("{}+nlvr2", "accuracy"),
     "VQA": ("{}+vqa", "accuracy"),
     "RTE": ("{}+rte", "accuracy"),
@@ -87,9 +90,9 @@ class Table(NamedTuple):
     orderings: list  # of the paper: (the better row, the worse, the measures on which it is)
 
 
-PAPER = ["retrieval", "NLVR2"]  # measures of VLMo's ablations; VQA is ours
-VLMO = ["retrieval", "NLVR2", "VQA"]
-MOMO = ["retrieval", "VQA", "RTE", "linear probe"]
+PAPER = ["retrieval", "NLVR2"]  # measures of VLMo's ablations; the others are ours
+VLMO = ["retrieval", "rare things", "NLVR2", "VQA"]
+MOMO = ["retrieval", "rare things", "VQA", "RTE", "linear probe"]
 TABLES = {
     "table4": Table(
         "VLMo, Table 4: what stage vl starts from",
@@ -148,7 +151,7 @@ TABLES = {
             ("momo-vl", "momo-all", ["RTE"]),
             ("momo-all", "momo-vl", ["retrieval", "VQA", "linear probe"]),
             ("momo-vl", "momo-only-pairs", ["RTE", "linear probe"]),
-            ("momo-vl", "momo-turns", MOMO),
+            ("momo-vl", "momo-turns", ["retrieval", "VQA", "RTE", "linear probe"]),
         ],
     ),
 }
@@ -285,9 +288,19 @@ def result(out):
 
 def values(row, measure, args):
     """A measure of a row, of each seed that is finished."""
-    name = MEASURES[measure][1]
-    found = [result(folder(measured(row, measure), seed, args)) for seed in range(args.seeds)]
-    return [entry[name] for entry in found if entry]
+    outs = [folder(measured(row, measure), seed, args) for seed in range(args.seeds)]
+    read = rare if measure == "rare things" else result
+    return [read(out)[MEASURES[measure][1]] for out in outs if result(out)]
+
+
+def rare(out):
+    """Zero-shot retrieval of a finished run in split rare, which is kept in its folder."""
+    path = Path(out, "rare.json")
+    if not path.exists():
+        model, words, config = checkpoint.load_model(Path(out, "last.pt"))
+        found = retrieval(model, shapes.World("rare", config.image_size), words, "cpu")
+        path.write_text(json.dumps(found))
+    return json.loads(path.read_text())
 
 
 def minutes(row, args):

@@ -33,7 +33,7 @@ LAYOUTS = {  # two things: before, after; three things: forwards, backwards
     "column": ("above", "below", "from top to bottom", "from bottom to top"),
 }
 ENDS = {"row": ("on the left", "on the right"), "column": ("at the top", "at the bottom")}  # the first, the last thing
-SCENES = {"train": 100_000, "val": 500, "test": 500}
+SCENES = {"train": 100_000, "val": 500, "test": 500, "rare": 500}
 TIMES = 4  # questions per scene, and pairs of images per statement
 
 
@@ -52,17 +52,18 @@ def asked(paths):
 class World:
     """A source of pictures with captions. The item of a scene is its meaning, and a hash of the
     meaning gives the scene to one split: 8 tenths to train, 1 each to val and test. So splits share
-    no scene and no caption."""
+    no scene and no caption. Split rare is of test: only what is rare in scarce pairs, see make_thing."""
 
     by_text = True  # in retrieval, a caption is right for every picture that has it
     drawn = True
 
     def __init__(self, split, image_size, count=None, scarce=False):
-        """image_size in pixels. scarce: colors and shapes come as often as in scarce pairs, see
-        make_thing. Absent for a split that is not in SCENES."""
+        """image_size in pixels. scarce: colors and shapes come as often as in scarce pairs. Absent for a
+        split that is not in SCENES."""
         if split not in SCENES:
             raise Absent(f"the built-in world has no split {split}, but {', '.join(SCENES)}")
-        self.split, self.image_size, self.count, self.scarce = split, image_size, count or SCENES[split], scarce
+        self.split, self.image_size, self.count = split, image_size, count or SCENES[split]
+        self.things = "scarce" if scarce else "rare" if split == "rare" else "any"
         self.name = f"scarce {split}" if scarce else f"0 {split}"  # seeds its random numbers
 
     @classmethod
@@ -105,7 +106,7 @@ class World:
         return random.Random(f"{purpose} {self.name} {i}")
 
     def scene(self, i):
-        return make_scene(self.split, random.Random(f"{self.name} {i}"), self.scarce)
+        return make_scene(self.split, random.Random(f"{self.name} {i}"), self.things)
 
     def question(self, i):
         """Question i, on scene i // TIMES → (text, answer, type of the answer as in VQA 2.0)."""
@@ -123,9 +124,9 @@ class World:
         """The left and the right image of statement i."""
         _, holds, label = self.statement(i)
         rng = self.rng("pair", i)
-        scenes = [make_scene(self.split, rng, self.scarce) for _ in range(2)]
+        scenes = [make_scene(self.split, rng, self.things) for _ in range(2)]
         while holds(*scenes) != label:
-            scenes[rng.randrange(2)] = make_scene(self.split, rng, self.scarce)
+            scenes[rng.randrange(2)] = make_scene(self.split, rng, self.things)
         return tuple(draw_scene(scene, self.image_size, rng) for scene in scenes)
 
     def kind(self, i):
@@ -136,22 +137,25 @@ class World:
 # ---- Scenes and captions -------------------------------------------------------------------------
 
 
-def make_scene(split, rng, scarce=False):
-    """A scene whose meaning belongs to a split."""
+def make_scene(split, rng, kind="any"):
+    """A scene whose meaning belongs to a split, of things of this kind."""
     while True:
-        things = [make_thing(rng, scarce) for _ in range(rng.choice((2, 3)))]
+        things = [make_thing(rng, kind) for _ in range(rng.choice((2, 3)))]
         scene = {"layout": rng.choice(list(LAYOUTS)), "things": things}
         tenth = stable_hash(describe(scene)[0]) % 10
-        if split == {9: "test", 8: "val"}.get(tenth, "train"):
+        home = {9: "test", 8: "val"}.get(tenth, "train")
+        if home == {"rare": "test"}.get(split, split):
             return scene
 
 
-def make_thing(rng, scarce=False):
-    """scarce: colors and shapes have long tails, the k-th comes 1/k times as often as the first (Zipf's law)."""
+def make_thing(rng, kind="any"):
+    """kind: "scarce", colors and shapes have long tails, and the k-th comes 1/k times as often as the first
+    (Zipf's law); "rare", only the second half of both, of which a scarce thing has both in one of 17."""
     thing = {"size": rng.choice(list(SIZES))}
     for name, values in {"color": list(COLORS), "shape": SHAPES}.items():
         tail = [1 / k for k in range(1, len(values) + 1)]
-        [thing[name]] = rng.choices(values, tail) if scarce else [rng.choice(values)]
+        values = values[len(values) // 2 :] if kind == "rare" else values
+        [thing[name]] = rng.choices(values, tail) if kind == "scarce" else [rng.choice(values)]
     return thing
 
 

@@ -100,7 +100,7 @@ def stages(tmp_path_factory):
 
 def shrink_world(monkeypatch):
     """Few scenes in each split of the built-in world, in this process."""
-    monkeypatch.setattr(shapes, "SCENES", {"train": 300, "val": 12, "test": 40})
+    monkeypatch.setattr(shapes, "SCENES", {"train": 300, "val": 12, "test": 40, "rare": 12})
 
 
 @pytest.fixture

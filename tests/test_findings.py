@@ -70,15 +70,16 @@ def test_a_report_has_means_errors_minutes_and_verdicts(tmp_path):
     for seed in range(3):
         for name in ("dvae", "image"):
             write_run(tmp_path / f"{name}-{seed}")
-        write_run(tmp_path / f"image-vl-{seed}", mean=60 + seed)
-        write_run(tmp_path / f"local-{seed}", mean=50 + seed)
+        for name, mean, rare in (("image-vl", 60, 40), ("local", 50, 30)):
+            write_run(tmp_path / f"{name}-{seed}", mean=mean + seed)
+            (tmp_path / f"{name}-{seed}/rare.json").write_text(json.dumps({"mean": rare}))
         write_run(tmp_path / f"image-vl+nlvr2-{seed}", accuracy=70 + seed)
     for seed in (0, 2):  # seed 1 is not finished
         write_run(tmp_path / f"local+nlvr2-{seed}", accuracy=50 + 3 * seed)
     rows = findings.report(table, args).splitlines()
-    assert rows[4] == "| one of four processes | 51.0 ± 0.6 (50.0, 51.0, 52.0) | 53.0 ± 3.0 (50.0, 56.0) |  | 6.0 |"
-    assert rows[5] == "| all processes | 61.0 ± 0.6 (60.0, 61.0, 62.0) | 71.0 ± 0.6 (70.0, 71.0, 72.0) |  | 6.0 |"
-    assert rows[9] == "| all processes > one of four processes | +10.0 ± 0.8 | reproduced: +18.0 ± 3.1 |  |"
+    assert rows[4] == "| one of four processes | 51.0 ± 0.6 (50.0, 51.0, 52.0) | 30.0 ± 0.0 (30.0, 30.0, 30.0) | 53.0 ± 3.0 (50.0, 56.0) |  | 6.0 |"
+    assert rows[5] == "| all processes | 61.0 ± 0.6 (60.0, 61.0, 62.0) | 40.0 ± 0.0 (40.0, 40.0, 40.0) | 71.0 ± 0.6 (70.0, 71.0, 72.0) |  | 6.0 |"
+    assert rows[9] == "| all processes > one of four processes | +10.0 ± 0.8 | +10.0 ± 0.0 | reproduced: +18.0 ± 3.1 |  |"
 
 
 def test_a_verdict_needs_two_standard_errors():

@@ -43,6 +43,11 @@ def test_scarce_scenes_have_long_tails_and_the_words_of_the_whole_world():
     assert whole[7] == shapes.World("test", 32)[7]  # only training is scarce
     assert shapes.World.read(["shapes"], "train", 32)[7] == shapes.World("train", 32)[7]
     assert shapes.World.read(["shapes:600", "shapes"], "train", 32) is None  # of files
+    rare = shapes.World("rare", 32)
+    things = [thing for i in range(50) for thing in rare.scene(i)["things"]]
+    assert {thing["color"] for thing in things} == set(list(shapes.COLORS)[4:])
+    assert {thing["shape"] for thing in things} == set(shapes.SHAPES[3:])
+    assert all(data.stable_hash(rare[i].item) % 10 == 9 for i in range(50))  # of split test
     for wrong in ("shapes:", "shapes:0", "shapes:-1", "shapes:many"):
         with pytest.raises(UserError):
             shapes.asked([wrong])
