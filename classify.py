@@ -132,18 +132,21 @@ class Probe(Classify):
 
     @torch.no_grad()
     def prepare(self, args, run):
-        """Standardises each feature over the first 4,096 pictures; in MAE a BatchNorm does it."""
+        """Standardises each feature over the first PICTURES; in MAE a BatchNorm does it."""
         self.to(run.device).eval()
         sums = 0.0
         for parts in Loader(self.samples, args, run):
             x = torch.cat([self.features(batch["image"]) for (batch,) in parts]).double()  # (b, D)
             sums = sums + torch.stack([torch.ones_like(x), x, x.square()]).sum(1)  # (3, D)
             count, total, squares = losses.gather(sums[None]).sum(0)  # (D,) each
-            if count[0] >= 4096:
+            if count[0] >= PICTURES:
                 break
         mean = total / count
         self.head[0].mean.copy_(mean)
         self.head[0].deviation.copy_((squares / count - mean.square()).clamp(min=1e-12).sqrt())
+
+
+PICTURES = 4096  # enough for mean and deviation
 
 
 class Standardise(nn.Module):

@@ -19,11 +19,13 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # tests are small; threads of several processes would wait for each other
 multiprocessing.set_forkserver_preload(["torch._dynamo", "tokenizers", "PIL.Image"])  # once for all
 
+import classify
 import shapes
 import texts
 import train
 from loader import with_counts
 
+classify.PICTURES = 64  # as few as a test needs
 
 # ---- Scripts -------------------------------------------------------------------------------------
 
