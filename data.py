@@ -105,7 +105,7 @@ class Images(Dataset):
 
     image: uint8 (3, S, S), or (2, 3, S, S) of two images. hidden: (N,) bool, True = masked patch,
     if `hide` is given. unreadable: how many pictures in a row could not be read before one that
-    could and that replaces them.
+    could and that replaces them; IN_A_ROW: none could, and this is all that the sample has.
     """
 
     def __init__(self, source, image_size, args, usual="crop", hide=None):

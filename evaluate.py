@@ -27,7 +27,8 @@ def parse():
     parser.add_argument(
         "--data", nargs="+", default=["shapes"], metavar="DIR", help="shapes: the built-in world"
     )
-    splits = "train, val, test; the built-in world: also rare; VQA 2.0: also test-dev, minival; MNLI: also val-mismatched, test-mismatched"
+    splits = "train, val, test; the built-in world: also rare; VQA 2.0: also test-dev, minival; "
+    splits += "MNLI: also val-mismatched, test-mismatched"
     parser.add_argument("--split", default="test", help=splits)
     parser.add_argument("--vocab", metavar="FILE", help="if weights.py imported without one")
     parser.add_argument("--batch-size", type=at_least(1), default=64)
