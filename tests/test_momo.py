@@ -66,7 +66,7 @@ def batch_with_hidden(modality, lengths):
 def stage_of(kind, shared=False, **attributes):
     """A stage, no parameter of which is left at a symmetric start, and a batch per modality."""
     torch.manual_seed(0)
-    stage = bare(kind, VLMo(SMALL), negatives="global", aligned=["itc", "itm"], normalised=False)
+    stage = bare(kind, VLMo(SMALL), negatives="global", normalised=False)
     stage.loss_weights = dict.fromkeys(LOSSES[kind], 1.0)
     names = ["pair"] if shared else MODALITIES[kind]
     decoders = {name: momo.Decoder(SMALL, (1, 16, 2), name) for name in names}
