@@ -1,34 +1,38 @@
-"""What several test files share: scripts as users run them, small worlds, several processes."""
+"""What several test files share: scripts as users run them, small models and worlds, several processes."""
 
 import importlib
 import json
 import multiprocessing.forkserver
 import os
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from PIL import Image
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "stress")]
 torch.set_num_threads(1)  # tests are small; threads of several processes would wait for each other
-multiprocessing.set_forkserver_preload(["torch._dynamo", "tokenizers", "PIL.Image"])  # once for all
+multiprocessing.set_forkserver_preload(["torch._dynamo", "conftest", "finetune"])  # once for all
 
+import checkpoint
 import classify
+import loader
 import shapes
 import texts
 import train
-from loader import with_counts
-
-classify.PICTURES = 64  # as few as a test needs
+from mome import Config
 
 # ---- Scripts -------------------------------------------------------------------------------------
 
+SIZE = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8".split()
+BRIEF = "--batch-size 8 --warmup 2 --steps 4 --save-every 2 --log-every 1".split()
+FEW = {"train": 300, "val": 12, "test": 40, "rare": 12}  # scenes of the built-in world
 KNOWN = {}  # tokenizers, trained once for all tests that ask for the same
 
 
@@ -39,17 +43,22 @@ def train_tokenizer_once(captions, size, train_tokenizer=texts.train_tokenizer):
     return KNOWN[key]
 
 
-def call(monkeypatch, script, *flags):
-    """Runs a script's main in this process."""
-    monkeypatch.setattr(texts, "train_tokenizer", train_tokenizer_once)
-    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, flags)])
-    script.main()
+def call(script, *flags, charts=False):
+    """Runs a script's main in this process, without what takes long: syncing files to a disk, pictures
+    for a linear probe, and, unless they are asked for, charts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "train_tokenizer", train_tokenizer_once)
+        patch.setattr(os, "fsync", lambda file: None)
+        patch.setattr(classify, "PICTURES", 16)
+        if not charts:
+            patch.setattr(train, "drawing", SimpleNamespace(curves=lambda runs: None))
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        importlib.import_module(script).main()
 
 
-def main_of(script, *flags):
-    """A script's main, for processes(2, main_of, "train", *flags, group=False)."""
-    sys.argv = [f"{script}.py", *map(str, flags)]
-    importlib.import_module(script).main()
+def commands(text):
+    """Command lines that stand in lines, or between bars."""
+    return re.split(r" \| |\n", text.strip())
 
 
 def metrics(folder):
@@ -65,10 +74,15 @@ def assert_close_metrics(one, two, rel=1e-3):
         assert first | speed == pytest.approx(second | speed, rel=rel)
 
 
-# ---- Data and stages -----------------------------------------------------------------------------
+def assert_same_run(one, two):
+    """Two folders hold, bit for bit, the same metrics and last.pt."""
+    assert_close_metrics(one, two, rel=0)
+    one, two = (checkpoint.read(folder / "last.pt") for folder in (one, two))
+    for part in ("tensors", "head", "optimizer", "scaler"):
+        torch.testing.assert_close(getattr(one, part), getattr(two, part), rtol=0, atol=0)
 
-SIZE = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8".split()
-BRIEF = "--batch-size 8 --warmup 2 --steps 4 --save-every 2 --log-every 1".split()
+
+# ---- Stages --------------------------------------------------------------------------------------
 
 
 def stage_commands(folder, *flags):
@@ -84,41 +98,37 @@ def stage_commands(folder, *flags):
         yield [str(word) for word in ("--stage", stage, *start, *BRIEF, "--out", folder / stage)]
 
 
-def train_stages(folder, monkeypatch, *flags):
-    """Runs them."""
-    for words in stage_commands(folder, *flags):
-        call(monkeypatch, train, *words)
-
-
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory):
-    """The folder of train_stages in the small world, for tests that read it only."""
+    """The folder of these stages in the small world, for tests that read it only."""
     folder = tmp_path_factory.mktemp("stages")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        shrink_world(monkeypatch)
-        train_stages(folder, monkeypatch)
+        monkeypatch.setattr(shapes, "SCENES", FEW)
+        for words in stage_commands(folder):
+            call("train", *words, charts=True)
     return folder
-
-
-def shrink_world(monkeypatch):
-    """Few scenes in each split of the built-in world, in this process."""
-    monkeypatch.setattr(shapes, "SCENES", {"train": 300, "val": 12, "test": 40, "rare": 12})
 
 
 @pytest.fixture
 def small_world(monkeypatch):
-    shrink_world(monkeypatch)
+    """Few scenes in each split of the built-in world, in this process."""
+    monkeypatch.setattr(shapes, "SCENES", FEW)
 
 
-def pictures(folder, count=6, split="train"):
-    """Writes a manifest of single-colored images with captions → its folder."""
-    folder.mkdir(exist_ok=True)
-    with open(folder / f"{split}.jsonl", "w") as file:
-        for i in range(count):
-            Image.new("RGB", (20, 20), (40 * i % 256, 15 * i % 256, 100)).save(folder / f"{i}.png")
-            captions = [f"picture number {i}", "a color"]
-            file.write(json.dumps({"image": f"{i}.png", "captions": captions}) + "\n")
-    return folder
+# ---- Models --------------------------------------------------------------------------------------
+
+SMALL = Config(
+    dim=24, layers=3, heads=3, vl_layers=1, image_size=16, patch_size=4, vocab_size=50, max_text_len=24
+)  # fmt: skip
+RELATIVE = {"position": "relative", "layer_scale": 0.1}
+
+
+@torch.no_grad()
+def shaken(module, by=0.1):
+    """The module, no parameter of which is left at a symmetric start."""
+    for parameter in module.parameters():
+        parameter += by * torch.randn_like(parameter)
+    return module
 
 
 def batch_of(config, lengths, seed=0):
@@ -132,7 +142,7 @@ def batch_of(config, lengths, seed=0):
     ids = torch.stack([torch.tensor([0, *range(b - 1)]), torch.arange(b) + 100], dim=1)
     image = torch.randint(0, 256, (b, 3, S, S), generator=g, dtype=torch.uint8)
     batch = {"image": image, "text": text, "mask": mask, "masked": masked}
-    return with_counts([batch | {"labels": labels, "ids": ids}])[0]
+    return loader.with_counts([batch | {"labels": labels, "ids": ids}])[0]
 
 
 # ---- Processes -----------------------------------------------------------------------------------
@@ -152,7 +162,9 @@ def _start(rank, world, port, group, function, arguments, folder):
 
 @pytest.fixture(scope="session", autouse=True)
 def forkserver():
-    multiprocessing.forkserver.ensure_running()  # it imports while the first tests run
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where it finds conftest
+        multiprocessing.forkserver.ensure_running()  # it imports while the first tests run
 
 
 @pytest.fixture(scope="session")

@@ -124,7 +124,7 @@ def test_the_benchmark_prints_tables_and_writes_its_numbers(tmp_path, monkeypatc
     monkeypatch.setattr(bench, "clear", lambda: None)  # it takes longer than these steps
     flags = ["--config", "tiny", "--batch-size", 2, "--amp", "off", "--repeats", 1, "--out", out]
     flags += ["--only", "step", "positions", "parts", "momo", "operators", "retrieval", "loader"]
-    call(monkeypatch, bench, *flags)
+    call("bench", *flags)
     found, said = json.loads(out.read_text()), capsys.readouterr().out
     assert all(title in said for title in found.keys() - {"device", "torch"})
     textbook, ours, recomputed = found["a step of stage vl"]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import train_tokenizer_once
-from test_vqa import picture
+from files import picture
 
 import data
 import finetune

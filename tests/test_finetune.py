@@ -1,19 +1,16 @@
 """Fine-tuning and the evaluation of its checkpoints, as a user types them."""
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_close_metrics, call, main_of, metrics
-from test_nlvr2 import nlvr2
-from test_vqa import picture, vqa
+from conftest import assert_close_metrics, call, commands, metrics
+from files import nlvr2, picture, vqa, write_lines
 
 import checkpoint
 import classify
 import data
-import evaluate
 import finetune
 import glue
 import images
@@ -53,22 +50,20 @@ IN_THE_WORLD = [name for name in finetune.TASKS if name == "rte" or name not in 
 
 
 @pytest.mark.parametrize("task", IN_THE_WORLD)
-def test_evaluation_finds_what_the_run_said_at_its_end(
-    task, start, small_world, tmp_path, monkeypatch, capsys
-):
+def test_evaluation_finds_what_the_run_said_at_its_end(task, start, small_world, tmp_path, capsys):
     run = ["--task", task, "--init", start, "--batch-size", 32, "--epochs", 1e-9, "--eval-every", 1]
     run += ["--itm-weight", 1] if task == "retrieval" else []
-    call(monkeypatch, finetune, *run, "--out", tmp_path)
+    call("finetune", *run, "--out", tmp_path)
     best, last = (checkpoint.read(tmp_path / name) for name in ("best.pt", "last.pt"))
     val, test = measures(tmp_path)
     assert best.record == val[finetune.TASKS[task].best]
     capsys.readouterr()
     ask = ["--task", task, "--checkpoint", tmp_path / "best.pt"]
-    call(monkeypatch, evaluate, *ask, *(["--rerank", 3] if task == "retrieval" else []))
+    call("evaluate", *ask, *(["--rerank", 3] if task == "retrieval" else []))
     results = answer(capsys)
     assert ("reranked IR@10" in results) == (task == "retrieval")
     if task in ("vqa", "retrieval", "probe"):  # what it was trained on, with the head it has
-        call(monkeypatch, evaluate, *ask, "--split", "train")
+        call("evaluate", *ask, "--split", "train")
     expected = {name: test.get(name, results[name]) for name in results}
     assert results == pytest.approx(expected, abs=0.01) and results.keys() & test.keys()
     if task in ("classify", "probe"):  # only the probe's features are standardised
@@ -90,8 +85,8 @@ def test_the_best_step_is_kept_when_a_killed_run_resumes(start, small_world, tmp
     run = ["--task", "classify", "--init", start, *BRIEF, "--epochs", 0.08, "--image-size", 24]
     run += ["--eval-every", 1, "--save-every", 2]
     with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, finetune, *run, "--out", out)
-    call(monkeypatch, finetune, "--out", out, "--resume")
+        call("finetune", *run, "--out", out)
+    call("finetune", "--out", out, "--resume")
     best, last = (checkpoint.read(out / name) for name in ("best.pt", "last.pt"))
     first, second, third, again, tested = seen
     assert torch.equal(third, again) and torch.equal(last.head["1.weight"], again)
@@ -102,31 +97,31 @@ def test_the_best_step_is_kept_when_a_killed_run_resumes(start, small_world, tmp
 
 
 def test_nlvr2_on_two_processes_is_as_on_one_and_writes_what_metrics_py_reads(
-    start, processes, tmp_path, monkeypatch, capsys
+    start, processes, tmp_path, capsys
 ):
     one, two, folder = tmp_path / "one", tmp_path / "two", tmp_path / "data"
-    for split, file in (("train", "train.json"), ("dev", "dev.json"), ("test1", "test1.json")):
-        nlvr2(folder, split, file)
+    for split in ("train", "dev", "test1"):
+        nlvr2(folder, split, f"{split}.json")
     run = ["--task", "nlvr2", "--init", start, *BRIEF, "--eval-every", 1, "--data", folder]
     run += ["--batch-size", 2, "--epochs", 2, "--augment", "none"]
-    call(monkeypatch, finetune, *run, "--out", one)
-    processes(2, main_of, "finetune", *run, "--out", two, group=False)
+    call("finetune", *run, "--out", one)
+    processes(2, call, "finetune", *run, "--out", two, group=False)
     assert_close_metrics(one, two)
     assert measures(one) == measures(two) and len(measures(one)) == 3
 
     capsys.readouterr()
     ask = ["--task", "nlvr2", "--checkpoint", one / "last.pt", "--data", folder]
-    call(monkeypatch, evaluate, *ask, "--predictions", tmp_path / "test1.csv")
+    call("evaluate", *ask, "--predictions", tmp_path / "test1.csv")
     rows = [line.split(",") for line in (tmp_path / "test1.csv").read_text().splitlines()]
     assert [id for id, _ in rows] == ["test1-5-0-0", "test1-5-1-0"]
     right = [said == label for (_, said), label in zip(rows, ("True", "False"))]
     assert answer(capsys) == {"accuracy": 50 * sum(right), "consistency": 100 * all(right)}
 
 
-def test_pooler_second_image_and_head_of_a_new_task(start, small_world, tmp_path, monkeypatch):
+def test_pooler_second_image_and_head_of_a_new_task(start, small_world, tmp_path):
     run = ["--task", "nlvr2", "--init", start, *ONE_STEP, "--lr", 1e-3, "--head-factor", 10]
     before = checkpoint.read(start).tensors
-    call(monkeypatch, finetune, *run, "--no-fresh-pooler", "--out", tmp_path / "kept")
+    call("finetune", *run, "--no-fresh-pooler", "--out", tmp_path / "kept")
     kept = checkpoint.read(tmp_path / "kept/last.pt")
     pooler = kept.tensors["pooler.weight"] - before["pooler.weight"]
     types = kept.tensors["types"][1:] - before["types"][1]  # both start from the first image's
@@ -134,23 +129,20 @@ def test_pooler_second_image_and_head_of_a_new_task(start, small_world, tmp_path
         assert 0 < moved.abs().max() <= 1.01e-3  # AdamW's first step, and a little decay
     rates = [group["lr"] for group in kept.optimizer["param_groups"]]
     assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
-    call(monkeypatch, finetune, *run, "--fresh-pooler", "--seed", 1, "--out", tmp_path / "fresh")
+    call("finetune", *run, "--fresh-pooler", "--seed", 1, "--out", tmp_path / "fresh")
     fresh = checkpoint.read(tmp_path / "fresh/last.pt").tensors
     assert (fresh["pooler.weight"] - before["pooler.weight"]).abs().max() > 0.03
 
 
-def test_a_head_keeps_the_order_of_its_choices_and_another_task_has_its_own(
-    small_world, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(classify.Probe, "prepare", lambda *_: None)  # takes seconds
-    call(monkeypatch, finetune, "--task", "classify", *ONE_STEP, "--out", tmp_path / "first")
+def test_a_head_keeps_the_order_of_its_choices_and_another_task_has_its_own(small_world, tmp_path):
+    call("finetune", "--task", "classify", *ONE_STEP, "--out", tmp_path / "first")
     content = torch.load(tmp_path / "first/last.pt", weights_only=True)
     assert content["config"]["dim"] == 128  # from random weights, --config tiny
     content["extra"]["choices"].reverse()
     torch.save(content, tmp_path / "other.pt")
     for task in ("classify", "probe"):
         flags = ["--task", task, "--init", tmp_path / "other.pt", "--lr", 1e-4, "--seed", 1]
-        call(monkeypatch, finetune, *flags, *ONE_STEP, "--out", tmp_path / task)
+        call("finetune", *flags, *ONE_STEP, "--out", tmp_path / task)
         found = checkpoint.read(tmp_path / task / "last.pt")
         moved = (found.head["1.weight"] - content["head"]["1.weight"]).abs().max()
         assert (found.extra == content["extra"]) == (moved < 1e-3) == (task == "classify")
@@ -160,47 +152,47 @@ def test_a_head_keeps_the_order_of_its_choices_and_another_task_has_its_own(
     assert stage.choices == ["dog", "cat"]  # also in the targets
 
 
-def test_vqa_from_its_files_to_a_submission(start, tmp_path, monkeypatch):
+def test_vqa_from_its_files_to_a_submission(start, tmp_path):
     folder = vqa(tmp_path / "data", ids=range(1, 21))  # the answer to all of them is 2
     vqa(folder, "val2014", ids=range(30, 41))
     vqa(folder, "test2015", ids=range(50, 63), annotated=())
     run = ["--task", "vqa", "--init", start, *BRIEF, "--epochs", 1, "--data", folder]
-    call(monkeypatch, finetune, *run, "--out", tmp_path / "out")
+    call("finetune", *run, "--out", tmp_path / "out")
     found = checkpoint.read(tmp_path / "out/last.pt")
     assert found.extra["choices"] == ["2"] and found.args["steps"] == 2
     assert metrics(tmp_path / "out")[-1]["number"] == 100  # there is only one answer
     ask = ["--task", "vqa", "--checkpoint", tmp_path / "out/last.pt", "--data", folder]
     path = tmp_path / "test.json"
-    call(monkeypatch, evaluate, *ask, "--predictions", path, "--batch-size", 3)
+    call("evaluate", *ask, "--predictions", path, "--batch-size", 3)
     submission = [{"question_id": id, "answer": "2"} for id in range(50, 63)]
     assert json.loads(path.read_text()) == submission
     with pytest.raises(UserError):  # nothing to measure, and nothing to write
-        call(monkeypatch, evaluate, *ask)
-    call(monkeypatch, finetune, *run, "--trainval", "--out", tmp_path / "more")
+        call("evaluate", *ask)
+    call("finetune", *run, "--trainval", "--out", tmp_path / "more")
     assert checkpoint.read(tmp_path / "more/last.pt").args["steps"] == 4
 
 
-def test_other_classes_get_a_new_head(start, tmp_path, monkeypatch, capsys):
+def test_other_classes_get_a_new_head(start, tmp_path, capsys):
     """As from ImageNet-22k to ImageNet-1k; a resumed run has the classes it had."""
     for folder, classes in (("first", "ab"), ("second", "abc")):
         for split in ("train", "val"):
             for name in classes:
                 picture(tmp_path / folder / split / name / "1.png")
     run = ["--task", "classify", *ONE_STEP, "--batch-size", 2, "--init"]
-    call(monkeypatch, finetune, *run, start, "--data", tmp_path / "first", "--out", tmp_path / "one")
+    call("finetune", *run, start, "--data", tmp_path / "first", "--out", tmp_path / "one")
     again = [*run, tmp_path / "one/last.pt", "--data", tmp_path / "second", "--out", tmp_path / "two"]
-    call(monkeypatch, finetune, *again)
+    call("finetune", *again)
     assert checkpoint.read(tmp_path / "two/last.pt").extra == {"choices": ["a", "b", "c"]}
     assert capsys.readouterr().out.count("with a new head") == 2
 
 
-def test_zero_shot_the_class_is_that_of_the_nearest_captions(start, tmp_path, monkeypatch, capsys):
+def test_zero_shot_the_class_is_that_of_the_nearest_captions(start, tmp_path, capsys):
     """The mean vector of a class's captions, by a loop; names of classes from a file."""
     for name, colors in (("n1", ("red", "blue")), ("n2", ("green", "white", "black"))):
         for color in colors:
             picture(tmp_path / f"test/{name}/{color}.png", color)
     (tmp_path / "train").mkdir()
-    (tmp_path / "names.txt").write_text("n1 red circle, scarlet\nn2 blue star\n")
+    write_lines(tmp_path / "names.txt", "n1 red circle, scarlet", "n2 blue star")
     model, words, config = checkpoint.load_model(start)
     right = 0
     with torch.no_grad():
@@ -214,7 +206,7 @@ def test_zero_shot_the_class_is_that_of_the_nearest_captions(start, tmp_path, mo
             right += ("n2" if cosines[1] > cosines[0] else "n1") == path.parent.name
     ask = ["--task", "classify", "--zero-shot", "--checkpoint", start, "--data", tmp_path]
     ask += ["--class-names", tmp_path / "names.txt", "--templates", "a {}", "a small {} above"]
-    call(monkeypatch, evaluate, *ask)
+    call("evaluate", *ask)
     assert answer(capsys)["accuracy"] == pytest.approx(100 * right / 5)
 
 
@@ -234,46 +226,43 @@ evaluate --task classify --zero-shot --checkpoint image/last.pt
 """
 
 
-@pytest.mark.parametrize("words", re.split(r" \| |\n", REFUSED.strip()))
+@pytest.mark.parametrize("words", commands(REFUSED))
 def test_flags_that_do_not_fit_are_refused(words, stages, monkeypatch):
-    script, *flags = words.split()
     monkeypatch.chdir(stages)
     with pytest.raises(UserError):
-        call(monkeypatch, {"finetune": finetune, "evaluate": evaluate}[script], *flags)
+        call(*words.split())
     assert not (stages / "runs").exists()
 
 
-def test_checkpoints_and_data_that_do_not_fit_are_refused(
-    start, small_world, tmp_path, monkeypatch
-):
-    def refuse(error, script, *flags):
+def test_checkpoints_and_data_that_do_not_fit_are_refused(start, small_world, tmp_path):
+    def refuse(error, *words):
         with pytest.raises(error):
-            call(monkeypatch, script, *flags)
+            call(*words)
 
     folder, out, other = tmp_path / "data", tmp_path / "out", tmp_path / "other.pt"
     for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
         picture(folder / name / "1.png")
     run = [*BRIEF, "--init", start, "--epochs", 1, "--out", out]
-    call(monkeypatch, finetune, "--task", "classify", *run, "--batch-size", 2, "--data", folder)
-    refuse(UserError, finetune, "--data", "shapes", "--out", out, "--resume")
+    call("finetune", "--task", "classify", *run, "--batch-size", 2, "--data", folder)
+    refuse(UserError, "finetune", "--data", "shapes", "--out", out, "--resume")
     ask = ["--task", "classify", "--checkpoint", out / "last.pt", "--data", folder, "--split"]
-    refuse(data.Absent, evaluate, *ask, "test")
-    refuse(UserError, evaluate, *ask, "val", "--predictions", "x.json")
+    refuse(data.Absent, "evaluate", *ask, "test")
+    refuse(UserError, "evaluate", *ask, "val", "--predictions", "x.json")
     (folder / "val/dog/1.png").write_bytes(b"broken")
-    refuse(images.Unreadable, evaluate, *ask, "val")
+    refuse(images.Unreadable, "evaluate", *ask, "val")
     picture(folder / "val/bird/1.png")  # a class that the head does not have
-    refuse(UserError, evaluate, *ask, "val")
+    refuse(UserError, "evaluate", *ask, "val")
 
     # Files whose head has not as many choices, or that lack one
     content = torch.load(out / "last.pt", weights_only=True)
     torch.save(content | {"extra": {"choices": ["bird", "cat", "dog"]}}, other)
-    refuse(UserError, evaluate, *ask, "val", "--checkpoint", other)
+    refuse(UserError, "evaluate", *ask, "val", "--checkpoint", other)
     content = torch.load(start, weights_only=True)
     tensors = content["model"].items()
     kept = {name: tensor for name, tensor in tensors if not name.startswith("itm_head")}
     torch.save(content | {"model": kept}, other)
-    refuse(UserError, evaluate, "--checkpoint", other, "--rerank", 4)
+    refuse(UserError, "evaluate", "--checkpoint", other, "--rerank", 4)
 
     # Answers that are too rare, and none
-    refuse(UserError, finetune, "--task", "vqa", *run, "--data", vqa(tmp_path / "few"))
-    refuse(UserError, finetune, "--task", "vqa", *run, "--data", vqa(tmp_path / "no", annotated=()))
+    refuse(UserError, "finetune", "--task", "vqa", *run, "--data", vqa(tmp_path / "few"))
+    refuse(UserError, "finetune", "--task", "vqa", *run, "--data", vqa(tmp_path / "no", annotated=()))

@@ -1,12 +1,12 @@
-"""A few cases of fuzz.py and of kill.py, which are commands for many more."""
+"""A few cases of the commands of stress/ that have many more."""
 
-import os
-import subprocess
-import sys
+import contextlib
+import io
 import warnings
 
 import fuzz
-from conftest import ROOT
+import pytest
+from conftest import call
 
 
 def test_damaged_files_are_read_or_refused_in_one_line():
@@ -18,9 +18,14 @@ def test_damaged_files_are_read_or_refused_in_one_line():
     assert sum(found["read"] for found in outcomes.values()) > len(fuzz.READERS)
 
 
-def test_killed_runs_go_on_bit_for_bit():
-    command = [sys.executable, "tests/kill.py", "--kills", "1", "--only", "momo-image"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    assert "1 went on  0 differed" in answer.stdout
+def kill_one():
+    """→ what the command says, and its exit status."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+        call("kill", "--kills", 1, "--only", "momo-image")
+    return said.getvalue(), end.value.code
+
+
+def test_killed_runs_go_on_bit_for_bit(processes):
+    """In a process of its own, because it forks."""
+    [(said, status)] = processes(1, kill_one, group=False)
+    assert not status and "1 went on  0 differed" in said

@@ -9,8 +9,6 @@ from conftest import call
 
 import checkpoint
 import data
-import evaluate
-import finetune
 import glue
 import shapes
 import texts
@@ -123,22 +121,22 @@ def test_from_official_files_to_a_submission(name, stages, tmp_path, monkeypatch
         write(tmp_path, kind.folder, file, labels[:6] if "test" not in file else [None] * 5)
     run = ["--task", name, "--data", tmp_path, "--batch-size", 6]
     run += ["--init", stages / "vl/last.pt"] if name == "sts-b" else []  # else a new vocabulary
-    call(monkeypatch, finetune, *run, "--epochs", 4, "--max-text-len", 44, "--out", tmp_path / "out")
+    call("finetune", *run, "--epochs", 4, "--max-text-len", 44, "--out", tmp_path / "out")
     found = checkpoint.read(tmp_path / "out/best.pt")
     assert found.extra["choices"] == kind.labels
     again = ["--task", name, "--data", tmp_path, "--init", tmp_path / "out/last.pt", "--batch-size", 6]
-    call(monkeypatch, finetune, *again, "--epochs", 1e-9, "--out", tmp_path / "again")
+    call("finetune", *again, "--epochs", 1e-9, "--out", tmp_path / "again")
     assert checkpoint.read(tmp_path / "again/last.pt").config.max_text_len == 44  # it keeps its own
     ask = ["--task", name, "--checkpoint", tmp_path / "out/last.pt", "--data", tmp_path]
-    call(monkeypatch, evaluate, *ask, "--split", "val")
+    call("evaluate", *ask, "--split", "val")
     assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == kind.metrics.keys()
-    call(monkeypatch, evaluate, *ask, "--predictions", tmp_path / "answers.tsv")
+    call("evaluate", *ask, "--predictions", tmp_path / "answers.tsv")
     header, *lines = (tmp_path / "answers.tsv").read_text().splitlines()
     assert header == "index\tprediction" and [line.split("\t")[0] for line in lines] == list("01234")
     said = [line.split("\t")[1] for line in lines]
     assert all(answer in kind.labels if kind.labels else float(answer) for answer in said)
     with pytest.raises(UserError):  # nothing to measure, and nothing to write
-        call(monkeypatch, evaluate, *ask, "--split", "test")
+        call("evaluate", *ask, "--split", "test")
 
 
 def test_predictions_are_means_of_squares_or_classes(stages):

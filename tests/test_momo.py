@@ -2,42 +2,28 @@
 two modalities add up."""
 
 import random
-import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    BRIEF,
-    SIZE,
-    assert_close_metrics,
-    batch_of,
-    call,
-    main_of,
-    metrics,
-    pictures,
-)  # fmt: skip
+from conftest import BRIEF, SIZE, batch_of, call, metrics, shaken
 
 import checkpoint
-import finetune
+import conftest
+import images
 import momo
 import momo_stages
 import shapes
 import texts
 import train
 from loader import with_counts
-from mome import CONFIGS, Config, VLMo
+from mome import CONFIGS, VLMo
 from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
-from runtime import UserError
 from sides import bare
 from texts import IGNORE
 
-SMALL = Config(
-    dim=24, layers=2, heads=3, image_size=16, patch_size=4, vocab_size=50, max_text_len=24,
-    experts="shared",
-)  # fmt: skip
+SMALL = replace(conftest.SMALL, experts="shared")
 MODALITIES = {
     MoMoImage: ["image"],
     MoMoText: ["text", "image"],
@@ -64,7 +50,7 @@ def batch_with_hidden(modality, lengths):
 
 
 def stage_of(kind, shared=False, **attributes):
-    """A stage, no parameter of which is left at a symmetric start, and a batch per modality."""
+    """A stage around a small model, and a batch per modality."""
     torch.manual_seed(0)
     stage = bare(kind, VLMo(SMALL), negatives="global", normalised=False)
     stage.loss_weights = dict.fromkeys(LOSSES[kind], 1.0)
@@ -73,12 +59,9 @@ def stage_of(kind, shared=False, **attributes):
     stage.head = torch.nn.ModuleDict(decoders)
     for name, value in attributes.items():
         setattr(stage, name, value)
-    with torch.no_grad():
-        for parameter in stage.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
     lengths = [9, 3, 14, 6], [12, 24, 7, 20], [3, 3, 3, 3]
     stage.samples = list(map(batch_with_hidden, MODALITIES[kind], lengths))
-    return stage.double(), stage.samples
+    return shaken(stage).double(), stage.samples
 
 
 # ---- Hiding, the encoder, the decoders -----------------------------------------------------------
@@ -144,8 +127,7 @@ def test_an_exact_share_is_hidden_and_no_special_token():
 def test_loss_and_measure_are_squared_errors_of_hidden_patches(normalised):
     stage, _ = stage_of(MoMoImage, normalised=normalised)
     source = shapes.World("test", 16, count=2)
-    image = torch.stack([torch.from_numpy(np.array(source.image(i))) for i in range(2)])
-    image = image.permute(0, 3, 1, 2)
+    image = torch.stack([images.to_tensor(source.image(i)) for i in range(2)])
     hidden = [momo.hide_patches(0.75, 16, random.Random(f"mask {i}")) for i in range(2)]
     [inputs] = with_counts([{"image": image, "hidden": torch.stack(hidden)}])
     pixels, _ = momo.reconstruct(stage.model, stage.head["image"], inputs)
@@ -209,7 +191,7 @@ def test_the_stages_train_one_from_another_and_serve_a_task(small_world, tmp_pat
     monkeypatch.setattr(train, "train", lambda *a: begun.append(a[0]) or loop(*a))
     measures = {"error"}, {"error", "perplexity"}, {"TR@1", "perplexity"}
     for name, measured in zip(("momo-image", "momo-text", "momo-vl"), measures):
-        call(monkeypatch, train, "--stage", name, *start, *BRIEF, "--out", tmp_path / name)
+        call("train", "--stage", name, *start, *BRIEF, "--out", tmp_path / name)
         start = ["--init", tmp_path / name / "last.pt"]
         assert measured <= metrics(tmp_path / name)[-1].keys()
 
@@ -228,43 +210,13 @@ def test_the_stages_train_one_from_another_and_serve_a_task(small_world, tmp_pat
                 tokens, ratio = int(sample["mask"].sum()) - 2, 0.15 if modality == "text" else 0.75
                 assert (sample["labels"] != IGNORE).sum() == max(1, round(ratio * tokens))
     task = ["--task", "vqa", *start, "--batch-size", 8, "--epochs", 0.02]
-    call(monkeypatch, finetune, *task, "--out", tmp_path / "task")
+    call("finetune", *task, "--out", tmp_path / "task")
 
 
-def test_three_modalities_take_part_in_the_combined_stage(small_world, tmp_path, monkeypatch):
+def test_three_modalities_take_part_in_the_combined_stage(small_world, tmp_path):
     flags = ["--stage", "momo-all", "--shared-decoder", *SIZE, *BRIEF]
-    call(monkeypatch, train, *flags, "--out", tmp_path)
+    call("train", *flags, "--out", tmp_path)
     found, entries = checkpoint.read(tmp_path / "last.pt"), metrics(tmp_path)
     assert {name.split(".")[0] for name in found.head} == {"pair"}
     assert set(LOSSES[MoMoAll]) <= entries[0].keys()
     assert {"TR@1", "perplexity", "error"} <= entries[-1].keys()
-
-
-def test_two_processes_train_and_measure_as_one(processes, tmp_path, monkeypatch):
-    """Also where the modalities take turns."""
-    folder = pictures(tmp_path / "pictures", count=16)
-    pictures(folder, count=5, split="test")
-    (tmp_path / "a.txt").write_text("\n".join(f"{i} is followed by {i + 1}" for i in range(400)))
-    flags = ["--stage", "momo-text", "--no-cmga", *SIZE, *BRIEF]
-    flags += ["--data", folder, "--texts", tmp_path / "a.txt"]
-    call(monkeypatch, train, *flags, "--out", tmp_path / "one")
-    processes(2, main_of, "train", *flags, "--out", tmp_path / "two", group=False)
-    assert_close_metrics(tmp_path / "one", tmp_path / "two")
-    trained = [entry.keys() & {"mlm", "mim"} for entry in metrics(tmp_path / "one")]
-    assert trained[:4] == [{"mim"}, {"mlm"}] * 2 and "error" in metrics(tmp_path / "one")[-1]
-
-
-REFUSED = """
-momo-text --texts absent.txt | momo-text --no-simultaneous --texts absent.txt
-momo-text --no-simultaneous --no-cmga | momo-text --no-simultaneous --data tests
-momo-vl --no-simultaneous --texts tests | momo-text --max-text-len 2
-momo-image --init VL | momo-all --no-simultaneous | momo-all --images tests
-"""
-
-
-@pytest.mark.parametrize("flags", re.split(r" \| |\n", REFUSED.strip()))
-def test_what_does_not_fit_is_refused(flags, stages, small_world, tmp_path, monkeypatch):
-    flags = flags.replace("VL", str(stages / "vl/last.pt")).split()  # which has several experts
-    with pytest.raises(UserError):
-        call(monkeypatch, train, *BRIEF, "--out", tmp_path / "out", "--stage", *flags)
-    assert not (tmp_path / "out").exists()

@@ -1,12 +1,11 @@
 """Shards of img2dataset and WebDataset."""
 
-import io
 import json
 import os
 import tarfile
 
 import pytest
-from PIL import Image
+from files import png, write_shard
 
 import data
 import images
@@ -14,22 +13,6 @@ import retrieval
 import shards
 import sources
 from runtime import UserError
-
-
-def png(level):
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (level,) * 3).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_shard(path, members, form=tarfile.GNU_FORMAT):
-    """members: {name: bytes, or a TarInfo}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=form) as tar:
-        for name, content in members.items():
-            member = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-            member.size = 0 if content is member else len(content)
-            tar.addfile(member, io.BytesIO(b"" if content is member else content))
 
 
 def samples(count, start=0):

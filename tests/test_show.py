@@ -10,11 +10,8 @@ from PIL import Image
 
 import checkpoint
 import drawing
-import finetune
 import images
 import shapes
-import show
-import train
 from runtime import UserError
 
 
@@ -26,11 +23,11 @@ def trained(stages, tmp_path_factory):
         monkeypatch.setattr(shapes, "SCENES", {"train": 300, "val": 12, "test": 40})
         run = ["--init", stages / "vl/last.pt", "--batch-size", 8, "--epochs", 1e-9, "--eval-every", 0]
         for task in ("vqa", "nlvr2"):
-            call(monkeypatch, finetune, "--task", task, *run, "--out", folder / task)
+            call("finetune", "--task", task, *run, "--out", folder / task)
         size = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8".split()
-        call(monkeypatch, train, "--stage", "momo-image", *size, *BRIEF, "--out", folder / "momo-image")
+        call("train", "--stage", "momo-image", *size, *BRIEF, "--out", folder / "momo-image")
         start = ["--init", folder / "momo-image/last.pt", *BRIEF, "--max-text-len", 24]
-        call(monkeypatch, train, "--stage", "momo-vl", *start, "--out", folder / "momo-vl")
+        call("train", "--stage", "momo-vl", *start, "--out", folder / "momo-vl")
     for name in ("image", "text", "vl"):
         (folder / name).symlink_to(stages / name)
     return folder
@@ -68,7 +65,7 @@ def run(trained, monkeypatch, command, *more):
     for k, word in enumerate(words):
         if word == "--checkpoint":
             words[k + 1] = trained / words[k + 1] / "last.pt"
-    call(monkeypatch, show, *words)
+    call("show", *words)
 
 
 @pytest.mark.parametrize("command", re.split(r" \| |\n", COMMANDS.strip()))

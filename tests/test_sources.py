@@ -1,14 +1,16 @@
-"""Manifests, Karpathy's files and folders of images, as they lie on disk."""
+"""Manifests, Karpathy's files and folders of images, as they lie on disk; wrong records of all kinds."""
 
 import json
 import os
 from types import SimpleNamespace
 
 import pytest
-from test_vqa import picture
+from files import entry, karpathy, nlvr2, picture, vqa, write_lines
 
 import data
+import nlvr2 as statements
 import sources
+import vqa as questions
 from runtime import UserError
 
 
@@ -22,8 +24,7 @@ def pairs(folder, *splits):
 
 
 def manifest(folder, *lines, split="train"):
-    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    (folder / f"{split}.jsonl").write_text("\n".join(texts))
+    write_lines(folder / f"{split}.jsonl", *lines)
 
 
 GOOD = {"image": "a.png", "captions": ["x"]}
@@ -40,17 +41,6 @@ def test_manifest(tmp_path):
     assert source.caption_ends().tolist() == [2, 3]
     corpus = source.corpus()
     assert list(corpus) == list(corpus) == ["one", "", "é\u2028\x85"]
-
-
-def test_a_wrong_line_of_a_manifest_is_refused(tmp_path):
-    picture(tmp_path / "a.png")
-    captions = (None, "x", [], ["x", 5], ["\ud800"])
-    wrong = [GOOD | {"captions": value} for value in captions]
-    wrong += [GOOD | {"item": ["y"]}, GOOD | {"image": 5}, GOOD | {"image": "b.png"}, [1], "{"]
-    for line in wrong:
-        manifest(tmp_path, GOOD, line)
-        with pytest.raises(UserError):
-            pairs(tmp_path)
 
 
 def test_training_needs_every_folder_and_other_splits_those_that_have_them(tmp_path):
@@ -86,43 +76,20 @@ def test_excluded_pictures_are_left_out_of_training_only(tmp_path):
             sources.read_pictures(options(tmp_path, ["train"], names), 8)
 
 
-def karpathy(folder, name, *images):
-    (folder / f"dataset_{name}.json").write_text(json.dumps({"dataset": name, "images": images}))
-
-
-def entry(name, split, *captions, **more):
-    sentences = [{"raw": text, "tokens": text.split(), "sentid": 0} for text in captions]
-    return {"filename": name, "split": split, "sentences": sentences} | more
-
-
 def test_karpathys_coco_and_flickr30k(tmp_path):
     coco, flickr = tmp_path / "coco", tmp_path / "flickr"
     for file in ("coco/val2014/a.jpg", "coco/train2014/b.jpg", "flickr/flickr30k-images/c.jpg"):
         picture(tmp_path / file)
     first = entry("a.jpg", "restval", "A dog.", "Dog", filepath="val2014")
     second = entry("b.jpg", "train", "A cat.", filepath="train2014")
-    karpathy(coco, "coco", first, second, entry("a.jpg", "test", "A test.", filepath="val2014"))
-    karpathy(flickr, "flickr30k", entry("c.jpg", "train", "A bird."))
+    karpathy(coco, first, second, entry("a.jpg", "test", "A test.", filepath="val2014"))
+    karpathy(flickr, entry("c.jpg", "train", "A bird."), name="flickr30k")
     source = sources.pictures([coco, flickr], "train", 8, captions=True)
     captions = [source[i].captions for i in range(len(source))]
     assert captions == [["A dog.", "Dog"], ["A cat."], ["A bird."]]
     assert source[0].image == str(coco / "val2014" / "a.jpg") and source.image(2).size == (8, 8)
     assert not source.by_text  # its protocol: a caption is right only for its own picture
     assert len(pairs(coco, "test")["test"]) == 1
-
-
-def test_a_malformed_file_of_karpathys_is_refused(tmp_path):
-    picture(tmp_path / "a.jpg")
-    good = entry("a.jpg", "train", "A dog.")
-    wrong = [good | {"sentences": value} for value in (None, [], [{"tokens": []}], [{"raw": 5}])]
-    for record in (*wrong, good | {"filename": 5}, {"filename": "a.jpg"}, ["a.jpg"], None):
-        karpathy(tmp_path, "coco", good, record)
-        with pytest.raises(UserError):
-            pairs(tmp_path)
-    for content in (b"{", b"[]", b"{}", b'{"images": 5}', b"\xff"):
-        (tmp_path / "dataset_coco.json").write_bytes(content)
-        with pytest.raises(UserError):
-            pairs(tmp_path)
 
 
 def images(folder):
@@ -148,6 +115,82 @@ def test_an_image_folder_is_split_by_a_hash_or_by_folders(tmp_path):
     assert images(sorted_) == paths
     manifest(sorted_, GOOD | {"image": "val/a.png"})  # then it is a folder of pairs
     assert images(sorted_) == {"train": paths["val"]}
+
+
+# ---- Wrong records -------------------------------------------------------------------------------
+
+PERSON = entry("a.png", "train", "A dog.")  # in Karpathy's file
+QUESTION = {"image": "a.png", "question": "What?", "answers": ["a"]}
+STATEMENT = {"images": ["a.png", "a.png"], "sentence": "Red.", "label": True}
+RECORDS = {  # what writes and reads a file, a good record, values that make it a wrong one by their key
+    "pairs": (manifest, sources.pictures, GOOD, {
+        "captions": [None, "x", [], ["x", 5], ["\ud800"]], "item": [["y"]], "image": [5, "b.png"],
+    }),
+    "Karpathy's": (karpathy, sources.pictures, PERSON, {
+        "sentences": [None, [], [{"tokens": []}], [{"raw": 5}]], "filename": [5],
+    }),
+    "questions": (manifest, questions.read, QUESTION, {
+        "answers": [[], "yes", [1], None], "image": [None, "b.png"], "question": [5],
+    }),
+    "statements": (manifest, statements.read, STATEMENT, {
+        "images": [["a.png"], ["a.png", 5]], "label": ["True"], "sentence": [None],
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write, read, good, changes", RECORDS.values(), ids=RECORDS)
+def test_a_wrong_record_next_to_a_good_one_is_refused(write, read, good, changes, tmp_path):
+    picture(tmp_path / "a.png")
+    wrong = [[1], None, "{", {"image": "a.png", "filename": "a.png"}]
+    for key, values in changes.items():
+        wrong += [good | {key: value} for value in values]
+    for record in wrong:
+        write(tmp_path, good, record)
+        with pytest.raises(UserError):
+            read([tmp_path], "train", 8)
+
+
+def test_a_wrong_file_is_refused_as_a_whole(tmp_path):
+    for content in (b"{", b"[]", b"{}", b'{"images": 5}', b"\xff"):
+        for name in ("dataset_coco.json", "train.jsonl"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(UserError):
+                pairs(tmp_path)
+            (tmp_path / name).unlink()
+
+
+OFFICIAL = {
+    vqa: [
+        {"questions": [{"question": "What?", "question_id": 1}]},  # no image
+        {"questions": [{"image_id": "x", "question": "What?", "question_id": 1}]},
+        {"questions": [{"image_id": 99, "question": "What?", "question_id": 1}]},  # which is not there
+        {"questions": [{"image_id": 11, "question": 5, "question_id": 1}]},
+        {"questions": 5},
+        {"annotations": [{"question_id": 1}]},
+        {"ids": (1, 1)},
+        {"ids": (1, 2), "annotated": (1,)},  # the two files are of different splits
+        {"annotated": (1, 9)},
+    ],
+    nlvr2: [
+        {"label": None},
+        {"label": True},
+        {"identifier": "dev-5-0-0"},  # comes twice
+        {"identifier": "dev5"},
+        {"sentence": None},
+        {"directory": 43},  # without the images
+    ],
+}
+
+
+@pytest.mark.parametrize("write", OFFICIAL)
+def test_official_files_that_do_not_fit_are_refused(write, tmp_path):
+    for number, changes in enumerate(OFFICIAL[write]):
+        folder = tmp_path / str(number)
+        with pytest.raises(UserError):
+            if write is vqa:
+                questions.read([vqa(folder, **{"ids": (1,)} | changes)], "train", 8)
+            else:
+                statements.read([nlvr2(folder, **changes)], "val", 8)
 
 
 # ---- Tables, text files, splits ------------------------------------------------------------------
@@ -218,7 +261,7 @@ def test_a_path_outside_the_folder_is_refused_but_a_link_inside_is_not(tmp_path)
         manifest(folder, GOOD | {"image": name})
         with pytest.raises(UserError, match="line 1"):
             records(folder)
-        karpathy(folder, "coco", entry(name, "test", "A dog."))
+        karpathy(folder, entry(name, "test", "A dog."))
         with pytest.raises(UserError, match="images 0"):
             records(folder, "test")
     (folder / "a.png").symlink_to(tmp_path / "a.png")

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import re
 import runpy
 import shutil
 import signal
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF, ROOT, SIZE, assert_close_metrics, call, main_of, metrics, pictures
+from conftest import BRIEF, ROOT, SIZE, assert_close_metrics, assert_same_run, call, commands, metrics
+from files import pictures, write_lines
 
 import checkpoint
 import runtime
@@ -46,14 +46,12 @@ def test_a_run_leaves_a_checkpoint_metrics_and_its_configuration(stages):
     assert written["config"]["vocab_size"] == found.tokenizer.get_vocab_size()
 
 
-def test_init_starts_from_a_checkpoint_and_an_earlier_run_is_moved_aside(
-    stages, tmp_path, monkeypatch
-):
+def test_init_starts_from_a_checkpoint_and_an_earlier_run_is_moved_aside(stages, tmp_path, monkeypatch):
     seeds, real = [], runtime.seed_all
     monkeypatch.setattr(runtime, "seed_all", lambda *words: seeds.append(words) or real(*words))
     start = ["--init", stages / "vl/last.pt", "--lr", 0, "--steps", 2, "--batch-size", 8]
     for seed in range(3):
-        call(monkeypatch, train, *start, "--seed", seed, "--out", tmp_path / "out")
+        call("train", *start, "--seed", seed, "--out", tmp_path / "out")
         assert seeds[-4:] == [(seed, step, 0, part) for step in (1, 2) for part in (0, -1)]
     before = checkpoint.read(stages / "vl/last.pt")
     for name in ("out", "out.1", "out.2"):
@@ -73,7 +71,7 @@ def test_accumulated_passes_give_the_mean_of_their_gradients(tmp_path, monkeypat
     monkeypatch.setattr(Words, "mask_words", mask_second)
     flags = [*SIZE, *BRIEF, "--steps", 1, "--itc-weight", 0, "--itm-weight", 0, "--clip", 0.01]
     for passes in (1, 2):
-        call(monkeypatch, train, *flags, "--accumulate", passes, "--out", tmp_path / str(passes))
+        call("train", *flags, "--accumulate", passes, "--out", tmp_path / str(passes))
     assert_close_metrics(tmp_path / "1", tmp_path / "2", rel=1e-5)
     moments = checkpoint.read(tmp_path / "2/last.pt").optimizer["state"].values()
     norm = sum(moment["exp_avg"].square().sum() for moment in moments).sqrt()
@@ -87,7 +85,7 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch
     flags = [*SIZE, *BRIEF, "--batch-size", 1, "--recompute", "--amp", "fp16"]
     for power in (5, 10):
         monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(real, init_scale=2.0**power))
-        call(monkeypatch, train, *flags, "--steps", 1, "--out", tmp_path / str(power))
+        call("train", *flags, "--steps", 1, "--out", tmp_path / str(power))
         found = checkpoint.read(tmp_path / str(power) / "last.pt")
         assert found.scaler["scale"] == 2.0**power
         norms.append(metrics(tmp_path / str(power))[0]["gradient norm"])
@@ -95,12 +93,12 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch
 
     lower = functools.partial(real, init_scale=2.0**40, backoff_factor=2.0**-35)
     monkeypatch.setattr(torch.amp, "GradScaler", lower)
-    call(monkeypatch, train, *flags, "--steps", 2, "--out", tmp_path / "first")
+    call("train", *flags, "--steps", 2, "--out", tmp_path / "first")
     lines = metrics(tmp_path / "first")
     assert [line["skipped"] for line in lines[:2]] == [1, 0] and lines[0]["gradient norm"] == 0
     assert checkpoint.read(tmp_path / "first/last.pt").scaler["scale"] == 2.0**5
     with pytest.raises(UserError):
-        call(monkeypatch, train, *flags, "--steps", 1, "--out", tmp_path / "all")
+        call("train", *flags, "--steps", 1, "--out", tmp_path / "all")
     assert not (tmp_path / "all/last.pt").exists()
 
 
@@ -117,59 +115,24 @@ def train_until_killed(*flags):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runtime, "learning_rate", rate)
-        call(patch, train, *flags)
+        call("train", *flags)
 
 
-def assert_same_run(one, two):
-    """Two folders hold, bit for bit, the same metrics and last.pt."""
-    assert_close_metrics(one, two, rel=0)
-    one, two = (checkpoint.read(folder / "last.pt") for folder in (one, two))
-    for part in ("tensors", "head", "optimizer", "scaler"):
-        torch.testing.assert_close(getattr(one, part), getattr(two, part), rtol=0, atol=0)
+KILLED = """
+image --dvae STAGES/dvae/last.pt --eval-every 2 | vl --init STAGES/text/last.pt
+momo-text --no-cmga --amp fp16
+"""
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        "image --dvae STAGES/dvae/last.pt --eval-every 2",
-        "vl --init STAGES/text/last.pt",
-        "momo-text --no-cmga --amp fp16",
-    ],
-)
-def test_a_killed_run_resumes_bit_for_bit_with_no_other_flag(stage, stages, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", commands(KILLED))
+def test_a_killed_run_resumes_bit_for_bit_with_no_other_flag(stage, stages, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = [*brief(stage, stages), "--steps", 5, "--drop-path", 0.2, "--accumulate", 2]
-    call(monkeypatch, train, *flags, "--out", whole)
+    call("train", *flags, "--out", whole)
     train_until_killed(*flags, "--out", parts, "--resume")  # nothing is there yet
     assert checkpoint.read(parts / "last.pt").step == 2 and metrics(parts)[-1]["step"] == 3
-    call(monkeypatch, train, "--out", parts, "--resume")
+    call("train", "--out", parts, "--resume")
     assert_same_run(whole, parts)
-
-
-def torchrun(*words):
-    """Runs a script in two processes → CompletedProcess."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    options = dict(cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    return subprocess.run([*start, *map(str, words)], **options)
-
-
-def test_torchrun_resumes_bit_for_bit_what_two_processes_began(processes, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    folder = pictures(tmp_path / "data")
-    flags = [*SIZE, *BRIEF, "--accumulate", 2, "--drop-path", 0.2, "--data", folder, "--out"]
-    processes(2, main_of, "train", *flags, whole, group=False)
-    processes(2, train_until_killed, *flags, parts, group=False)
-    answer = torchrun("train.py", "--out", parts, "--resume")
-    assert answer.stdout.count("resuming after step 2") == 1, answer.stderr  # process 0 speaks
-    assert_same_run(whole, parts)
-
-
-def test_a_mistake_under_torchrun_is_told_and_writes_nothing(tmp_path):
-    answer = torchrun("train.py", *SIZE, "--batch-size", 7, "--out", tmp_path / "x")
-    assert answer.returncode != 0 and "train.py: error: --batch-size 7" in answer.stderr
-    assert 'train.py", line' not in answer.stderr  # a traceback of torchrun's, none of ours
-    assert not (tmp_path / "x").exists()
 
 
 def train_until_stopped(rank, *flags):
@@ -182,28 +145,36 @@ def train_until_stopped(rank, *flags):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(runtime.Stopped) as stopped:
         patch.setattr(runtime, "learning_rate", rate)
-        call(patch, train, *flags)
+        call("train", *flags)
     assert stopped.value.number == signal.SIGTERM
 
 
-def test_a_signal_ends_a_run_after_its_step_and_loses_nothing(processes, tmp_path, monkeypatch):
-    """On two processes one gets it, and both stop one step later."""
-    flags = [*SIZE, *BRIEF, "--save-every", 100, "--steps", 6, "--keep-previous", "--out"]
-    for count, step in ((1, 3), (2, 4)):
-        whole, parts = tmp_path / f"whole-{count}", tmp_path / f"parts-{count}"
-        if count == 1:
-            call(monkeypatch, train, *flags, whole)
-            train_until_stopped(0, *flags, parts)
-        else:
-            processes(2, main_of, "train", *flags, whole, group=False)
-            processes(2, train_until_stopped, 1, *flags, parts, group=False)
-        assert checkpoint.read(parts / "last.pt").step == step
-        if count == 1:
-            call(monkeypatch, train, "--out", parts, "--resume")
-        else:
-            processes(2, main_of, "train", "--out", parts, "--resume", group=False)
-        assert_same_run(whole, parts)
-        assert checkpoint.read(parts / "previous.pt").step == step
+STOPPED = [*SIZE, *BRIEF, "--save-every", 100, "--steps", 6, "--keep-previous"]
+
+
+def test_a_signal_ends_a_run_after_its_step_and_loses_nothing(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call("train", *STOPPED, "--out", whole)
+    train_until_stopped(0, *STOPPED, "--out", parts)
+    assert checkpoint.read(parts / "last.pt").step == 3
+    call("train", "--out", parts, "--resume")
+    assert_same_run(whole, parts)
+    assert checkpoint.read(parts / "previous.pt").step == 3
+
+
+def test_one_of_two_processes_gets_a_signal_both_stop_and_torchrun_resumes(processes, tmp_path):
+    """One step later, because they have to agree."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = [*STOPPED, "--accumulate", 2, "--drop-path", 0.2, "--data", pictures(tmp_path / "data"), "--out"]
+    processes(2, call, "train", *flags, whole, group=False)
+    processes(2, train_until_stopped, 1, *flags, parts, group=False)
+    assert checkpoint.read(parts / "last.pt").step == 4
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    answer = subprocess.run([*torchrun, "train.py", "--out", parts, "--resume"], **options, timeout=300)
+    assert answer.stdout.count("resuming after step 4") == 1, answer.stderr  # process 0 speaks
+    assert_same_run(whole, parts)
+    assert checkpoint.read(parts / "previous.pt").step == 4
 
 
 def test_a_stopped_script_has_its_line_and_status(tmp_path):
@@ -220,42 +191,51 @@ def test_a_stopped_script_has_its_line_and_status(tmp_path):
     assert said.endswith(f"\ntrain.py: stopped after step {step}: --resume --out {tmp_path / 'out'} goes on\n")
 
 
-def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path, monkeypatch):
+def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
     run = ["--out", tmp_path, "--resume"]
-    call(monkeypatch, train, *SIZE, *BRIEF, "--out", tmp_path)
+    call("train", *SIZE, *BRIEF, "--out", tmp_path)
     for flags in (["--lr", 1e-4], ["--steps", 6], ["--batch-size", 4], ["--seed", 1]):
         with pytest.raises(UserError, match=flags[0]):
-            call(monkeypatch, train, *run, *flags)
-    call(monkeypatch, train, *run, "--log-every", 2)
-    call(monkeypatch, train, *run, "--steps", 6, "--lr", 1e-4, "--allow-changes")
+            call("train", *run, *flags)
+    call("train", *run, "--log-every", 2)
+    call("train", *run, "--steps", 6, "--lr", 1e-4, "--allow-changes")
     now = json.loads((tmp_path / "config.json").read_text())
     assert now["args"]["lr"] == 1e-4 and [entry["args"]["lr"] for entry in now["earlier"]] == [1e-3, 1e-3]
     assert checkpoint.read(tmp_path / "last.pt").step == 6
 
 
-def test_a_run_whose_data_has_grown_is_told_and_goes_on_if_it_may(tmp_path, monkeypatch):
+def test_a_run_whose_data_has_grown_is_told_and_goes_on_if_it_may(tmp_path):
     folder, out = pictures(tmp_path / "data", count=8), tmp_path / "out"
-    call(monkeypatch, train, *SIZE, *BRIEF, "--data", folder, "--out", out)
+    call("train", *SIZE, *BRIEF, "--data", folder, "--out", out)
     pictures(folder, count=9)
     with pytest.raises(UserError, match=r"samples \[16\] → \[18\]"):
-        call(monkeypatch, train, "--out", out, "--resume", "--steps", 6)
+        call("train", "--out", out, "--resume", "--steps", 6)
     assert len(metrics(out)) == 4
-    call(monkeypatch, train, "--out", out, "--resume", "--steps", 6, "--allow-changes")
+    call("train", "--out", out, "--resume", "--steps", 6, "--allow-changes")
     assert [entry["step"] for entry in metrics(out)] == [1, 2, 3, 4, 5, 6]
 
 
-# Negatives for ITM are drawn, so it is left out
-@pytest.mark.parametrize("stage", ["image --dvae STAGES/dvae/last.pt", "vl --itm-weight 0"])
-def test_two_processes_train_and_measure_as_one(stage, stages, processes, tmp_path, monkeypatch):
+# Negatives for ITM are drawn, so it is left out. In stage momo-text the modalities take turns
+AS_ONE = """
+image --dvae STAGES/dvae/last.pt | vl --itm-weight 0 | momo-text --no-cmga --texts DATA/texts.txt
+"""
+
+
+@pytest.mark.parametrize("stage", commands(AS_ONE))
+def test_two_processes_train_and_measure_as_one(stage, stages, processes, tmp_path):
     folder = pictures(tmp_path / "data", count=16)
     pictures(folder, count=5, split="test")
     (folder / "7.png").write_bytes(b"broken")
-    flags = [*brief(stage, stages), "--accumulate", 2, "--data", folder]
-    call(monkeypatch, train, *flags, "--out", tmp_path / "one")
-    processes(2, main_of, "train", *flags, "--out", tmp_path / "two", group=False)
+    write_lines(folder / "texts.txt", *(f"{i} is followed by {i + 1}" for i in range(400)))
+    flags = [*brief(stage.replace("DATA", str(folder)), stages), "--accumulate", 2, "--data", folder]
+    call("train", *flags, "--out", tmp_path / "one")
+    processes(2, call, "train", *flags, "--out", tmp_path / "two", group=False)
     entries = metrics(tmp_path / "one")
     assert entries[-1]["split"] == "test" and entries[3]["unreadable"] == 2  # in two epochs
     assert_close_metrics(tmp_path / "one", tmp_path / "two")
+    if "momo" in stage:
+        assert [entry.keys() & {"mlm", "mim"} for entry in entries[:4]] == [{"mim"}, {"mlm"}] * 2
+        assert "error" in entries[-1]
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -279,10 +259,10 @@ def test_recipes(monkeypatch):
         assert found == expected, flags
 
 
-def test_help_shows_the_flags_of_a_stage(monkeypatch, capsys):
+def test_help_shows_the_flags_of_a_stage(capsys):
     for stage in train.STAGES:
         with pytest.raises(SystemExit):
-            call(monkeypatch, train, "--stage", stage, "--help")
+            call("train", "--stage", stage, "--help")
         assert "--resume" in capsys.readouterr().out
 
 
@@ -298,6 +278,10 @@ REFUSED = """
 --init vl/last.pt --dim 64 | --init vl/last.pt --config base | --init vl/last.pt --vocab-size 9
 --init vl/last.pt --vocab vocab.txt | --stage text --out vl --resume | --out vl --resume --steps 1
 --out vl --resume --mlm-weight 0 | --out image --resume --dvae other.pt
+--stage momo-text --texts absent.txt | --stage momo-text --no-simultaneous --texts absent.txt
+--stage momo-text --no-simultaneous --no-cmga | --stage momo-text --no-simultaneous --data vl
+--stage momo-vl --no-simultaneous --texts vl | --stage momo-text --max-text-len 2
+--stage momo-image --init vl/last.pt | --stage momo-all --no-simultaneous | --stage momo-all --images vl
 """
 
 
@@ -314,11 +298,11 @@ def filled(stages, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("flags", re.split(r" \| |\n", REFUSED.strip()))
+@pytest.mark.parametrize("flags", commands(REFUSED))
 def test_what_does_not_fit_is_refused_before_anything_is_written(flags, filled, monkeypatch):
     monkeypatch.chdir(filled)
     with pytest.raises(UserError):
-        call(monkeypatch, train, *SIZE[-4:], *BRIEF, "--out", "new", *flags.split())
+        call("train", *SIZE[-4:], *BRIEF, "--out", "new", *flags.split())
     assert not Path("new").exists()
 
 

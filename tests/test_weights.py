@@ -2,12 +2,7 @@
 weights and inputs made by a rule."""
 
 import functools
-import json
-import math
-import re
-import zlib
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import call
+from files import CASES, released, shapes_of, write_lines
 
 import checkpoint
-import evaluate
-import finetune
 import nlvr2
 import texts
 import vqa
@@ -26,33 +20,6 @@ import weights
 from mome import CONFIGS, VLMo, classifier
 from runtime import UserError
 from sides import bare
-
-CASES = json.loads(Path(__file__).with_name("released.json").read_text())
-CASES = {case["name"]: case for case in CASES}
-
-
-def shapes_of(name, layers=4, vl_layers=1):
-    """{key: shape} of a reference file, or of one with more layers."""
-    shapes = {}
-    for shape, keys in CASES[name]["tensors"].items():
-        sizes = tuple(int(size) for size in shape.split("x") if size)
-        for key in keys:
-            first = 0 if "*" in key else layers - vl_layers  # "blocks.3." has the VL expert
-            for i in range(first, layers):
-                shapes[re.sub(r"blocks\.[*3]\.", f"blocks.{i}.", key)] = sizes
-    return shapes
-
-
-@functools.cache
-def released(name):
-    """The state dict of a reference file."""
-    state = {}
-    for key, shape in shapes_of(name).items():
-        tensor = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape) * 0.05
-        tensor += 1.0 * (key.endswith("weight") and len(shape) == 1) + 0.5 * ("gamma_" in key)
-        tensor += math.log(1 / 0.07) * key.startswith("logit_")
-        state[key] = torch.tensor(tensor, dtype=torch.float32)
-    return state
 
 
 def imported(name, state=None):
@@ -73,13 +40,13 @@ def convert(monkeypatch):
     known = functools.partial(weights.read_vlmo, heads=4, reach=20)
     monkeypatch.setattr(weights, "read_vlmo", known)
     monkeypatch.setattr(vqa, "questions", questions)
-    return functools.partial(call, monkeypatch, weights)
+    return functools.partial(call, "weights")
 
 
 def vocabulary(folder, size=100):
     """vocab.txt of the reference files' size."""
-    path, unused = folder / f"vocab-{size}.txt", size - len(texts.SPECIAL)
-    path.write_text("\n".join([*texts.SPECIAL, *(f"[unused{k}]" for k in range(unused))]))
+    path = folder / f"vocab-{size}.txt"
+    write_lines(path, *texts.SPECIAL, *(f"[unused{k}]" for k in range(size - len(texts.SPECIAL))))
     return path
 
 
@@ -160,7 +127,7 @@ def test_a_checkpoint_computes_what_the_released_file_did(number, name, convert,
         assert found[key].sum().item() == pytest.approx(wanted["sum"], rel=1e-4, abs=1e-3)
 
 
-def test_imported_tasks_are_evaluated_and_fine_tuned(convert, small_world, tmp_path, monkeypatch):
+def test_imported_tasks_are_evaluated_and_fine_tuned(convert, small_world, tmp_path):
     file, out = tmp_path / "released.pt", tmp_path / "out.pt"
     vocab, answers = ["--vocab", vocabulary(tmp_path)], ["--answers", tmp_path]
     torch.save(released("vqa-relative"), file)
@@ -168,14 +135,14 @@ def test_imported_tasks_are_evaluated_and_fine_tuned(convert, small_world, tmp_p
     for known in (vocab, answers):
         convert(file, "-o", out, "--image-size", 24, *known)
         with pytest.raises(UserError):  # what the import did not get is asked for
-            call(monkeypatch, evaluate, *command)
-    call(monkeypatch, evaluate, *command, *vocab)
+            call("evaluate", *command)
+    call("evaluate", *command, *vocab)
 
     torch.save(released("nlvr2-relative"), file)
     convert(file, "-o", out)
     run = ["--task", "nlvr2", "--init", out, "--image-size", 16, *vocab]
     run += ["--batch-size", 2, "--epochs", 1e-3, "--out", tmp_path / "run"]
-    call(monkeypatch, finetune, *run)
+    call("finetune", *run)
 
 
 def test_absolute_beit():

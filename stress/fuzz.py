@@ -1,6 +1,6 @@
 """Damaged files for every reader: it succeeds, or refuses the file with one line.
 
-    python tests/fuzz.py --cases 10000
+    python stress/fuzz.py --cases 10000
 
 A case takes a good file, damages it (flips, cuts, repeats or replaces bytes; or changes a JSON value into
 one of another kind), and reads it. The same seed gives the same cases.
@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent.parent / "tests"), str(Path(__file__).parent.parent)]
 
 import checkpoint
+import files
 import glue
 import images
 import log
@@ -32,30 +33,18 @@ import nlvr2
 import reading
 import runtime
 import sources
-import test_shards
-import test_weights
 import texts
 import vqa
 import weights
-from sides import bare
+from files import entry, karpathy, picture, png, write_lines, write_shard
 from mome import Config, VLMo
 from runtime import UserError
+from sides import bare
 from stages import VL
 
 SMALL = Config(dim=8, layers=1, heads=1, vl_layers=1, image_size=8, patch_size=4, vocab_size=9, max_text_len=4)
 
 # ---- Good files ----------------------------------------------------------------------------------
-
-
-def write_json(path, lines=(), content=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content) if content else "\n".join(map(json.dumps, lines)) + "\n")
-
-
-def write_images(folder, names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), "red").save(folder / name)
 
 
 def write_checkpoint(path):
@@ -85,23 +74,25 @@ def records(source):
 
 @reader("manifest of pairs", "train.jsonl")
 def manifest(folder):
-    write_images(folder, ["a.png", "b.png"])
-    lines = [{"image": f"{name}.png", "captions": ["a dog", "dogs"], "item": name} for name in "ab"]
-    write_json(folder / "train.jsonl", lines)
+    lines = []
+    for name in "ab":
+        picture(folder / f"{name}.png")
+        lines.append({"image": f"{name}.png", "captions": ["a dog", "dogs"], "item": name})
+    write_lines(folder / "train.jsonl", *lines)
     return lambda: records(sources.pictures([folder], "train", 8))
 
 
 @reader("Karpathy's file", "dataset_coco.json")
-def karpathy(folder):
-    write_images(folder, ["val2014/a.jpg"])
-    image = {"filepath": "val2014", "filename": "a.jpg", "split": "train", "sentences": [{"raw": "a dog"}]}
-    write_json(folder / "dataset_coco.json", content={"images": [image]})
+def karpathys(folder):
+    picture(folder / "val2014/a.jpg")
+    karpathy(folder, entry("a.jpg", "train", "a dog", filepath="val2014"))
     return lambda: records(sources.pictures([folder], "train", 8))
 
 
 @reader("csv", "train.csv")
 def table(folder, ending=".csv", delimiter=","):
-    write_images(folder, ["a.png", "b.png"])
+    for name in "ab":
+        picture(folder / f"{name}.png")
     rows = [["filepath", "title"], ["a.png", "a dog"], ["a.png", '"dogs"'], ["b.png", "a cat"]]
     with open(folder / f"train{ending}", "w", newline="") as file:
         csv.writer(file, delimiter=delimiter).writerows(rows)
@@ -115,11 +106,8 @@ def table_with_tabs(folder):
 
 @reader("shard", "train/0.tar")
 def shard(folder):
-    content = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(content, "PNG")
-    members = {"a.png": content.getvalue(), "a.txt": b"a dog\ndogs", "b.json": b'{"caption": "a cat"}'}
-    members |= {"b.png": content.getvalue(), "long" * 40 + ".png": content.getvalue()}
-    test_shards.write_shard(folder / "train/0.tar", members)
+    members = {"a.png": png(1), "a.txt": b"a dog\ndogs", "b.json": b'{"caption": "a cat"}', "b.png": png(2)}
+    write_shard(folder / "train/0.tar", members | {"long" * 40 + ".png": png(3)})
     (folder / "val").mkdir()
 
     def read():
@@ -133,47 +121,37 @@ def shard(folder):
 
 @reader("text next to an image", "train/a.txt")
 def text_of_image(folder):
-    write_images(folder, ["train/a.png", "train/b.png", "val/c.png"])
+    picture(folder / "val/c.png")
     for name in "ab":
-        (folder / f"train/{name}.txt").write_text("a dog\ntwo dogs\n")
+        picture(folder / f"train/{name}.png")
+        write_lines(folder / f"train/{name}.txt", "a dog", "two dogs")
     return lambda: records(sources.pictures([folder], "train", 8, captions=True))
 
 
 @reader("VQA 2.0's questions", "v2_OpenEnded_mscoco_train2014_questions.json")
-def official_questions(folder):
-    write_images(folder, ["train2014/COCO_train2014_000000000001.jpg"])
-    question = {"image_id": 1, "question": "What?", "question_id": 5}
-    write_json(folder / "v2_OpenEnded_mscoco_train2014_questions.json", content={"questions": [question]})
-    answers = [{"answer": "two"}] * 10
-    note = {"question_id": 5, "answers": answers, "multiple_choice_answer": "2", "answer_type": "number"}
-    write_json(folder / "v2_mscoco_train2014_annotations.json", content={"annotations": [note]})
-    return lambda: records(vqa.read([folder], "train", 8))
-
-
 @reader("VQA 2.0's annotations", "v2_mscoco_train2014_annotations.json")
-def annotations(folder):
-    return official_questions(folder)
+def official_questions(folder):
+    files.vqa(folder, ids=(1,))
+    return lambda: records(vqa.read([folder], "train", 8))
 
 
 @reader("own questions", "train.jsonl")
 def own_questions(folder):
-    write_images(folder, ["a.png"])
-    write_json(folder / "train.jsonl", [{"image": "a.png", "question": "What?", "answers": ["a", "b"]}])
+    picture(folder / "a.png")
+    write_lines(folder / "train.jsonl", {"image": "a.png", "question": "What?", "answers": ["a", "b"]})
     return lambda: records(vqa.read([folder], "train", 8))
 
 
 @reader("NLVR2's statements", "train.json")
 def statements(folder):
-    write_images(folder, ["train/1/train-5-0-img0.png", "train/1/train-5-0-img1.png"])
-    line = {"identifier": "train-5-0-0", "sentence": "Red.", "label": "True", "directory": 1}
-    write_json(folder / "train.json", [line])
+    files.nlvr2(folder, "train", "train.json")
     return lambda: records(nlvr2.read([folder], "train", 8))
 
 
 @reader("own statements", "train.jsonl")
 def own_statements(folder):
-    write_images(folder, ["a.png", "b.png"])
-    write_json(folder / "train.jsonl", [{"images": ["a.png", "b.png"], "sentence": "Red.", "label": True}])
+    picture(folder / "a.png")
+    write_lines(folder / "train.jsonl", {"images": ["a.png"] * 2, "sentence": "Red.", "label": True})
     return lambda: records(nlvr2.read([folder], "train", 8))
 
 
@@ -205,7 +183,7 @@ def tokenizer(folder):
 
 @reader("metrics.jsonl", "metrics.jsonl")
 def metrics(folder):
-    write_json(folder / "metrics.jsonl", [{"step": 5, "itc": 0.5}, {"step": 9, "itc": 0.25}])
+    write_lines(folder / "metrics.jsonl", {"step": 5, "itc": 0.5}, {"step": 9, "itc": 0.25})
     return lambda: log.read_metrics(folder / "metrics.jsonl")
 
 
@@ -217,7 +195,7 @@ def a_checkpoint(folder):
 
 @reader("released file", "vlmo.pt")
 def released(folder):
-    torch.save({"module": test_weights.released("retrieval-absolute")}, folder / "vlmo.pt")
+    torch.save({"module": files.released("retrieval-absolute")}, folder / "vlmo.pt")
 
     def read():
         state = weights.read_file(folder / "vlmo.pt")

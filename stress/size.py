@@ -1,6 +1,6 @@
 """How long a large manifest takes to be read, and how much memory each process then has.
 
-    python tests/size.py --lines 4000000
+    python stress/size.py --lines 4000000
 
 Writes a manifest of that many lines, each with a caption of its own and one of 1,000 small images in 10
 folders. Two processes share it as two of torchrun would, shuffle it, and draw records at random.

@@ -1,6 +1,6 @@
 """Kills runs and resumes them: every one must end as if nobody had.
 
-    python tests/kill.py --kills 200
+    python stress/kill.py --kills 200
 
 A run of each stage and task, on one and on two processes, gets a SIGKILL at a random moment, or at a
 write of one of its files (before, within or after it). It is resumed, with a second kill or without,
@@ -19,16 +19,13 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
+
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-torch.set_num_threads(1)
+sys.path[:0] = [str(Path(__file__).parent.parent / "tests"), str(Path(__file__).parent.parent)]
 
-import checkpoint
-import conftest
+import conftest  # one thread
 import runtime
-import shapes
 
 # Six steps each, with a checkpoint after every second
 TRAIN = "--steps 6 --warmup 2 --save-every 2 --log-every 1 --batch-size 8"
@@ -122,10 +119,7 @@ def wait(pids, seconds=None):
 def same(one, two):
     """Whether two runs left the same."""
     try:
-        conftest.assert_close_metrics(one, two, rel=0)
-        one, two = (checkpoint.read(folder / "last.pt") for folder in (one, two))
-        for part in ("tensors", "head", "optimizer", "scaler"):
-            torch.testing.assert_close(getattr(one, part), getattr(two, part), rtol=0, atol=0)
+        conftest.assert_same_run(one, two)
     except (AssertionError, ValueError, runtime.UserError) as error:
         print(f"  {str(error)[:300]}")
         return False
@@ -135,7 +129,7 @@ def same(one, two):
 def run(kills, folder, kinds, seed):
     """→ {(kind, processes): Counter of kills, "went on" and "differed"}."""
     folder = Path(folder)
-    shapes.SCENES = {"train": 300, "val": 12, "test": 40}
+    conftest.shapes.SCENES = conftest.FEW
     if any("START" in RUNS[kind] for kind in kinds):
         for words in conftest.stage_commands(folder / "start"):  # this process starts no threads: it forks
             assert wait(start(["train", *words], 1)), words
