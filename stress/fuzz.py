@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import csv
+import functools
 import io
 import json
 import random
@@ -24,8 +25,10 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests"), str(Path(__file__).parent.parent)]
 
-import checkpoint
 import files
+from files import entry, karpathy, picture, png, write_lines, write_shard
+
+import checkpoint
 import glue
 import images
 import log
@@ -36,7 +39,6 @@ import sources
 import texts
 import vqa
 import weights
-from files import entry, karpathy, picture, png, write_lines, write_shard
 from mome import Config, VLMo
 from runtime import UserError
 from sides import bare
@@ -205,17 +207,22 @@ def released(folder):
     return read
 
 
+@functools.cache
+def noise(ending):
+    """The bytes of a small picture."""
+    levels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(levels).save(buffer, Image.registered_extensions()[ending])
+    except (OSError, ValueError, KeyError):  # a format of another mode, or not of this build
+        buffer = io.BytesIO()
+        Image.fromarray(levels).convert("L").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def image_reader(ending):
     def image(folder):
-        noise = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
-        picture = Image.fromarray(noise)
-        buffer = io.BytesIO()
-        try:
-            picture.save(buffer, Image.registered_extensions()[ending])
-        except (OSError, ValueError, KeyError):  # a format of another mode, or not of this build
-            buffer = io.BytesIO()
-            picture.convert("L").save(buffer, "PNG")
-        (folder / f"a{ending}").write_bytes(buffer.getvalue())
+        (folder / f"a{ending}").write_bytes(noise(ending))
         return lambda: images.read_image(folder / f"a{ending}")
 
     return image

@@ -19,12 +19,12 @@ import time
 import traceback
 from pathlib import Path
 
-
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests"), str(Path(__file__).parent.parent)]
 
 import conftest  # one thread
+
 import runtime
 
 # Six steps each, with a checkpoint after every second

@@ -4,13 +4,13 @@ two modalities add up."""
 import random
 from dataclasses import replace
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BRIEF, SIZE, batch_of, call, metrics, shaken
 
 import checkpoint
-import conftest
 import images
 import momo
 import momo_stages

@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BRIEF, ROOT, SIZE, assert_close_metrics, assert_same_run, call, commands, metrics
+from conftest import (
+    BRIEF,
+    ROOT,
+    SIZE,
+    assert_close_metrics,
+    assert_same_run,
+    call,
+    commands,
+    metrics,
+)
 from files import pictures, write_lines
 
 import checkpoint
