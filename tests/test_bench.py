@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch_of, call
+from conftest import RELATIVE, SMALL, batch_of, call, shaken
 from torch._dynamo.utils import counters
 
 import bench
@@ -16,24 +16,17 @@ import losses
 import runtime
 import sides
 import textbook
-from mome import CONFIGS, Config, VLMo
+from mome import CONFIGS, VLMo
 from sides import bare
 from stages import VL
 
-SMALL = Config(
-    dim=24, layers=3, heads=3, vl_layers=1, image_size=16, patch_size=4, vocab_size=50,
-    max_text_len=24,
-)  # fmt: skip
 CPU, COMPILE = runtime.Runtime(), torch.compile
 
 
 def stage_of(names="itc itm mlm", negatives="global", **switches):
-    """Stage vl around a small model, no parameter of which is left at a symmetric start."""
+    """Stage vl around a small model."""
     torch.manual_seed(0)
-    model = VLMo(replace(SMALL, **switches)).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+    model = shaken(VLMo(replace(SMALL, **switches))).double()
     weights = {name: sides.ALL[name] for name in names.split()}
     return bare(VL, model, loss_weights=weights, negatives=negatives)
 
@@ -59,7 +52,7 @@ def compare(names, switches):
     "names, switches",
     [
         ("itc itm mlm", {"experts": "shared"}),
-        ("itc itm mlm", {"position": "relative", "layer_scale": 0.1, "attention": "separate"}),
+        ("itc itm mlm", RELATIVE | {"attention": "separate"}),
         ("itc", {}), ("itc mlm", {}), ("mlm", {"vl_layers": 3}), ("itm mlm", {"vl_layers": 0}),
     ],
 )  # fmt: skip

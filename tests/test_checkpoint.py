@@ -5,6 +5,7 @@ import zlib
 from dataclasses import replace
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -12,15 +13,13 @@ import torch
 import checkpoint
 import positions
 import runtime
-from mome import Config, VLMo
+from mome import VLMo
 from runtime import UserError
 from sides import bare
 from stages import VL
 from texts import SPECIAL, wordpiece
 
-SMALL = Config(
-    dim=24, layers=3, heads=3, vl_layers=1, image_size=16, patch_size=4, vocab_size=50, max_text_len=12
-)  # fmt: skip
+SMALL = replace(conftest.SMALL, max_text_len=12)
 TEXT = {"words", "text_norm", "text_position"}
 HEADS = {"itc_image", "itc_text", "logit_scale", "pooler", "itm_head", "mlm_head"}
 COPIED = {"blocks.*.experts.language", "blocks.*.experts.vl", "blocks.*.attention.language"}

@@ -1,18 +1,21 @@
 """Classes on disk and in the built-in world, the linear probe, and what all tasks share: recipes, and
 predictions that do not depend on batches, padding or processes."""
 
+import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import train_tokenizer_once
+from conftest import SMALL, shaken, train_tokenizer_once
 from files import picture
 
+import classify
 import data
 import finetune
 import losses
 from classify import Probe, Standardise, WorldClasses, read
-from mome import Config, VLMo, classifier
+from mome import VLMo, classifier
 from nlvr2 import NLVR2, WorldStatements
 from runtime import UserError
 from shapes import World
@@ -58,14 +61,8 @@ def test_recipes_are_those_of_the_paper():
 
 def random_stage(kind, inputs=32, outputs=7, **more):
     torch.manual_seed(3)  # its answers differ
-    config = Config(
-        dim=32, layers=2, heads=2, vl_layers=1, image_size=16, patch_size=8, vocab_size=200,
-        max_text_len=24, position="relative"
-    )  # fmt: skip
-    stage = bare(kind, VLMo(config), head=classifier(config, inputs, outputs), **more)
-    for parameter in stage.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return stage
+    config = replace(SMALL, dim=32, layers=2, heads=2, patch_size=8, vocab_size=200, position="relative")
+    return shaken(bare(kind, VLMo(config), head=classifier(config, inputs, outputs), **more), 0.3)
 
 
 def answers(kind, batch, length=24):
@@ -82,6 +79,7 @@ def answers(kind, batch, length=24):
 def standardised():
     """The features of nine pictures, standardised as a linear probe of them does."""
     stage, source = random_stage(Probe), WorldClasses("train", 16, count=9)
+    source.image = functools.cache(source.image)  # it is read hundreds of times
     stage.head = torch.nn.Sequential(Standardise(32))
     args = dict(batch_size=9, accumulate=1, workers=0, seed=0, augment="none")
     args = SimpleNamespace(**args)
@@ -94,6 +92,7 @@ def standardised():
 
 
 def everything():
+    classify.PICTURES = 16
     return {"vqa": answers(VQA, 3), "nlvr2": answers(NLVR2, 3), "features": standardised()}
 
 

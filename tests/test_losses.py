@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import RELATIVE, SMALL, shaken
 
 import losses
 from loader import with_counts
-from mome import Config, VLMo
+from mome import VLMo
 from sides import bare
 from stages import VL
 
@@ -80,7 +81,7 @@ def test_mlm_is_a_mean_over_tokens_and_of_no_token_zero_with_a_gradient():
 NAMES = ["itc", "itm", "mlm"]
 CASES = [  # fields of the Config, and whether some row has no candidate on any process
     ({}, False),
-    ({"position": "relative", "layer_scale": 0.1}, False),
+    (RELATIVE, False),
     ({"vl_layers": 0, "attention": "separate"}, True),
 ]
 
@@ -101,10 +102,8 @@ def batch_of_six():
 
 def vl(**switches):
     torch.manual_seed(0)
-    config = Config(
-        dim=16, layers=2, heads=2, vl_layers=1, image_size=8, patch_size=4, vocab_size=40
-    )
-    model = VLMo(replace(config, **switches))
+    sizes = {"dim": 16, "layers": 2, "heads": 2, "image_size": 8, "vocab_size": 40}
+    model = VLMo(replace(SMALL, **sizes | switches))
     return bare(VL, model, loss_weights=dict.fromkeys(NAMES, 1.0), negatives="global").double()
 
 
@@ -128,9 +127,7 @@ def gradients():
     answers, b = {}, 6 // losses.world()
     for case, (switches, lonely) in enumerate(CASES):
         stage, batch = vl(**switches), batch_of_six()
-        with torch.no_grad():
-            for parameter in stage.parameters():
-                parameter += 0.2 * torch.randn_like(parameter)
+        shaken(stage, 0.2)
         if lonely:
             batch["ids"] = torch.tensor([[1, 1], [1, 2], [3, 1], [1, 4], [5, 1], [1, 6]])
         [share] = with_counts([{name: tensor[losses.rank() * b :][:b] for name, tensor in batch.items()}])

@@ -7,16 +7,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import RELATIVE, SMALL, shaken
 
-from mome import CONFIGS, Branch, Config, GELULinear, MoME, VLMo
+from mome import CONFIGS, Branch, GELULinear, MoME, VLMo
 from relative import scores_of
 
-SMALL = Config(
-    dim=24, layers=3, heads=3, vl_layers=1, image_size=16, patch_size=4, vocab_size=50, max_text_len=12
-)  # fmt: skip
 VARIANTS = {
     "absolute": {},
-    "relative": {"position": "relative", "layer_scale": 0.1},
+    "relative": RELATIVE,
     "no vl experts": {"vl_layers": 0},
     "shared experts": {"experts": "shared"},
     "separate attention": {"attention": "separate"},
@@ -25,13 +23,9 @@ VARIANTS = {
 
 
 def model_and_batch(switches=None):
-    """A small model in float64 with no parameter left at a symmetric start, and three pairs, whose
-    texts are shorter than the model allows."""
+    """A small model in float64, and three pairs, whose texts are shorter than the model allows."""
     torch.manual_seed(0)
-    model = VLMo(replace(SMALL, **(switches or {}))).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+    model = shaken(VLMo(replace(SMALL, **(switches or {})))).double()
     text = torch.randint(5, 50, (3, 9))
     mask = torch.arange(9) < torch.tensor([9, 7, 2])[:, None]
     return model, text, mask, torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import train_tokenizer_once
+from conftest import shaken, train_tokenizer_once
 from PIL import Image
 
 import data
@@ -159,8 +159,7 @@ def test_reordering_by_hand(monkeypatch):
 
 def test_the_log_odds_are_those_of_each_pair():
     model, words, captions = model_and_words()
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    shaken(model)
     pixels = retrieval.all_images(SOURCE, 48, "cpu", batch=3)
     ids, mask = words.encode_all(captions)
     reranker = retrieval.Reranker(model, pixels, ids, mask, 4, "cpu", batch=2)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import metrics
+from conftest import RELATIVE, metrics
 from torch import nn
 
 import log
@@ -18,7 +18,7 @@ from sides import bare
 from stage import Stage
 
 
-@pytest.mark.parametrize("switches", [{}, {"position": "relative", "layer_scale": 0.1}])
+@pytest.mark.parametrize("switches", [{}, RELATIVE])
 def test_groups_hold_every_trainable_parameter_once_and_only_matrices_decay(switches):
     model, head = VLMo(replace(CONFIGS["tiny"], **switches)), nn.Linear(3, 2)
     model.mlm_head.requires_grad_(False)

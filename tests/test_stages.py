@@ -5,11 +5,11 @@ import random
 import re
 from dataclasses import replace
 
-import numpy as np
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch_of, train_stages
+from conftest import RELATIVE, batch_of, call, shaken, stage_commands
 
 import checkpoint
 import dvae
@@ -20,7 +20,7 @@ import train
 from classify import Classify, Probe, Standardise
 from glue import GLUE
 from loader import with_counts
-from mome import Config, MIMHead, VLMo, classifier
+from mome import MIMHead, VLMo, classifier
 from nlvr2 import NLVR2
 from sides import bare
 from stage import masked_words, perplexity
@@ -30,11 +30,8 @@ from vqa import VQA
 
 # ---- What trains ---------------------------------------------------------------------------------
 
-SMALL = Config(
-    dim=24, layers=2, heads=2, vl_layers=1, image_size=16, patch_size=4, vocab_size=30, max_text_len=9
-)  # fmt: skip
+SMALL = replace(conftest.SMALL, layers=2)
 NO_FUSION, ONE_EXPERT, APART = {"vl_layers": 0}, {"experts": "shared"}, {"attention": "separate"}
-RELATIVE = {"position": "relative", "layer_scale": 0.1}
 
 # Patterns of names: what only one loss reads, and what an image or a text does not pass
 ITC, ITM, MLM = "itc_|logit_scale", "pooler|itm_head", "mlm_head"
@@ -120,9 +117,10 @@ def test_a_stage_trains_what_its_losses_read_and_nothing_else(kind, wanted, chan
 # ---- From stage to stage -------------------------------------------------------------------------
 
 
-def test_stages_follow_each_other(small_world, tmp_path, monkeypatch):
+def test_stages_follow_each_other(small_world, tmp_path):
     flags = "--position relative --layer-scale 0.1 --text-reach 60 --attention separate"
-    train_stages(tmp_path, monkeypatch, *flags.split())
+    for words in stage_commands(tmp_path, *flags.split()):
+        call("train", *words)
     names = ("dvae", "image", "text", "vl")
     dvae, image, text, vl = (checkpoint.read(tmp_path / name / "last.pt") for name in names)
     codes = image.extra["dvae"]["model"]
@@ -161,12 +159,8 @@ def test_the_nearest_visible_patch_by_hand():
 def test_stage_image_counts_the_codes_it_finds_next_to_plain_guesses():
     source, (stage, _) = shapes.World("test", 16, count=30), stage_of(Image, "mim", {})
     stage.side, stage.sources = 4, {"test": source}
-    with torch.no_grad():
-        for parameter in stage.parameters():  # so that codes and logits differ
-            parameter += 0.5 * torch.randn_like(parameter)
-    measured = stage.measure("test", "cpu")
-    image = torch.stack([torch.from_numpy(np.array(source.image(i))) for i in range(30)])
-    image = image.permute(0, 3, 1, 2)
+    measured = shaken(stage, 0.5).measure("test", "cpu")  # so that codes and logits differ
+    image = torch.stack([images.to_tensor(source.image(i)) for i in range(30)])
     hidden = torch.stack([images.mask_blocks(4, random.Random(f"mask {i}")) for i in range(30)])
     codes, embedding = stage.dvae.encode(image), stage.head.mask_embedding
     rows = stage.model.encode_image(image, masked=hidden, mask_embedding=embedding)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import RELATIVE
 from test_losses import batch_of_six, vl
 from test_momo import stage_of as momo_stage_of
 from test_stages import stage_of
@@ -171,7 +172,6 @@ def dvae_stage():
     return stage, {"image": torch.zeros(4, 3, 16, 16, dtype=torch.uint8)}
 
 
-RELATIVE = {"position": "relative", "layer_scale": 0.1}
 CASES = [(dvae_stage,)]
 CASES += [(momo_stage_of, kind) for kind in (MoMoImage, MoMoText, MoMoVL, MoMoAll)]
 for layout in ({}, RELATIVE):
