@@ -1,5 +1,5 @@
-"""Classes on disk and in the built-in world, the linear probe, and what all tasks share: recipes, and
-predictions that do not depend on batches, padding or processes."""
+"""Classes on disk and in the built-in world, the linear probe, and predictions
+that do not depend on batches, padding or processes."""
 
 import functools
 from dataclasses import replace
@@ -12,7 +12,6 @@ from files import picture
 
 import classify
 import data
-import finetune
 import losses
 from classify import Probe, Standardise, WorldClasses, read
 from mome import VLMo, classifier
@@ -39,21 +38,6 @@ def test_classes_are_folders_or_name_the_first_thing_of_a_scene(tmp_path):
     for i in range(9):
         caption = World("train", 8)[i].captions[0].replace(",", "")  # "a small red star …"
         assert read(["shapes"], "train", 8)[i].label == " ".join(caption.split()[2:4])
-
-
-def test_recipes_are_those_of_the_paper():
-    """Appendix C: epochs, batch size, peak learning rate and resolution."""
-    for task, config, *wanted in [
-        ("vqa", "base", 10, 128, 3e-5, 480),
-        ("vqa", "large", 10, 128, 1.5e-5, 480),
-        ("nlvr2", "base", 10, 128, 5e-5, 384),
-        ("nlvr2", "large", 10, 128, 3e-5, 384),
-        ("retrieval", "base", 20, 2048, 2e-5, 384),
-        ("retrieval", "large", 10, 2048, 1e-5, 384),
-        ("flickr30k", "base", 40, 2048, 1e-5, 384),
-    ]:
-        recipe = finetune.TASKS[task].recipe[config]
-        assert [recipe[name] for name in ("epochs", "batch_size", "lr", "image_size")] == wanted
 
 
 # ---- Any number of processes ---------------------------------------------------------------------

@@ -23,7 +23,7 @@ from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from sides import bare
 from texts import IGNORE
 
-SMALL = replace(conftest.SMALL, experts="shared")
+SMALL = replace(conftest.SMALL, layers=2, experts="shared")
 MODALITIES = {
     MoMoImage: ["image"],
     MoMoText: ["text", "image"],

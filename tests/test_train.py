@@ -26,6 +26,7 @@ from conftest import (
 from files import pictures, write_lines
 
 import checkpoint
+import finetune
 import runtime
 import train
 from runtime import UserError
@@ -114,17 +115,20 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch
 # ---- Resumption, and many processes --------------------------------------------------------------
 
 
-def train_until_killed(*flags):
-    """Dies at the start of step 4, after the checkpoint of step 2 and the entry of step 3."""
+def train_until(step, number, rank, *flags):
+    """At the start of a step process `rank` gets a signal, or dies (None)."""
 
-    def rate(step, *rest, real=runtime.learning_rate):
-        if step == 4:
-            raise KeyboardInterrupt
-        return real(step, *rest)
+    def rate(now, *rest, real=runtime.learning_rate):
+        if now == step and int(os.environ.get("RANK", 0)) == rank:
+            if number is None:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
+        return real(now, *rest)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((KeyboardInterrupt, runtime.Stopped)) as ended:
         patch.setattr(runtime, "learning_rate", rate)
         call("train", *flags)
+    assert getattr(ended.value, "number", None) == number
 
 
 KILLED = """
@@ -138,24 +142,11 @@ def test_a_killed_run_resumes_bit_for_bit_with_no_other_flag(stage, stages, tmp_
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = [*brief(stage, stages), "--steps", 5, "--drop-path", 0.2, "--accumulate", 2]
     call("train", *flags, "--out", whole)
-    train_until_killed(*flags, "--out", parts, "--resume")  # nothing is there yet
+    # After the checkpoint of step 2 and the entry of step 3; nothing is there yet to be resumed
+    train_until(4, None, 0, *flags, "--out", parts, "--resume")
     assert checkpoint.read(parts / "last.pt").step == 2 and metrics(parts)[-1]["step"] == 3
     call("train", "--out", parts, "--resume")
     assert_same_run(whole, parts)
-
-
-def train_until_stopped(rank, *flags):
-    """Gets a SIGTERM on process `rank` in step 3."""
-
-    def rate(step, *rest, real=runtime.learning_rate):
-        if step == 3 and int(os.environ.get("RANK", 0)) == rank:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(step, *rest)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(runtime.Stopped) as stopped:
-        patch.setattr(runtime, "learning_rate", rate)
-        call("train", *flags)
-    assert stopped.value.number == signal.SIGTERM
 
 
 STOPPED = [*SIZE, *BRIEF, "--save-every", 100, "--steps", 6, "--keep-previous"]
@@ -164,7 +155,7 @@ STOPPED = [*SIZE, *BRIEF, "--save-every", 100, "--steps", 6, "--keep-previous"]
 def test_a_signal_ends_a_run_after_its_step_and_loses_nothing(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     call("train", *STOPPED, "--out", whole)
-    train_until_stopped(0, *STOPPED, "--out", parts)
+    train_until(3, signal.SIGTERM, 0, *STOPPED, "--out", parts)
     assert checkpoint.read(parts / "last.pt").step == 3
     call("train", "--out", parts, "--resume")
     assert_same_run(whole, parts)
@@ -176,7 +167,7 @@ def test_one_of_two_processes_gets_a_signal_both_stop_and_torchrun_resumes(proce
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = [*STOPPED, "--accumulate", 2, "--drop-path", 0.2, "--data", pictures(tmp_path / "data"), "--out"]
     processes(2, call, "train", *flags, whole, group=False)
-    processes(2, train_until_stopped, 1, *flags, parts, group=False)
+    processes(2, train_until, 3, signal.SIGTERM, 1, *flags, parts, group=False)
     assert checkpoint.read(parts / "last.pt").step == 4
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     options = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -249,23 +240,32 @@ def test_two_processes_train_and_measure_as_one(stage, stages, processes, tmp_pa
 
 # ---- Flags ---------------------------------------------------------------------------------------
 
-RECIPES = {  # the paper's; base_plus: the released code's; --config tiny is ours
-    "--stage image --config base": (2048, 500_000, 6250, 1.5e-3, 40),
-    "--stage text --config base_plus": (1024, 500_000, 2500, 2e-4, 196),
-    "--stage text --config large": (1024, 200_000, 2500, 2e-4, 196),
-    "--stage vl --config base": (1024, 200_000, 2500, 2e-4, 40),
-    "--stage vl --config base_plus": (1024, 200_000, 2500, 1e-4, 40),
-    "--stage vl --config large": (1024, 200_000, 2500, 5e-5, 40),
-    "--stage text": (64, 1000, 75, 1e-3, 48),
+RECIPES = {  # the papers', which give tasks in epochs; base_plus: the released code's; --config tiny is ours
+    "--stage image --config base": "batch_size 2048, steps 500_000, warmup 6250, lr 1.5e-3, max_text_len 40",
+    "--stage text --config base_plus": "batch_size 1024, steps 500_000, warmup 2500, lr 2e-4, max_text_len 196",
+    "--stage text --config large": "batch_size 1024, steps 200_000, warmup 2500, lr 2e-4, max_text_len 196",
+    "--stage vl --config base": "batch_size 1024, steps 200_000, warmup 2500, lr 2e-4, max_text_len 40",
+    "--stage vl --config base_plus": "batch_size 1024, steps 200_000, warmup 2500, lr 1e-4, max_text_len 40",
+    "--stage vl --config large": "batch_size 1024, steps 200_000, warmup 2500, lr 5e-5, max_text_len 40",
+    "--stage text": "batch_size 64, steps 1000, warmup 75, lr 1e-3, max_text_len 48",
+    "--task vqa --config base": "batch_size 128, epochs 10, lr 3e-5, image_size 480",
+    "--task vqa --config large": "batch_size 128, epochs 10, lr 1.5e-5, image_size 480",
+    "--task nlvr2 --config base": "batch_size 128, epochs 10, lr 5e-5, image_size 384",
+    "--task nlvr2 --config large": "batch_size 128, epochs 10, lr 3e-5, image_size 384",
+    "--task retrieval --config base": "batch_size 2048, epochs 20, lr 2e-5, image_size 384",
+    "--task retrieval --config large": "batch_size 2048, epochs 10, lr 1e-5, image_size 384",
+    "--task flickr30k --config base": "batch_size 2048, epochs 40, lr 1e-5, image_size 384",
 }
 
 
-def test_recipes(monkeypatch):
-    for flags, expected in RECIPES.items():
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
-        _, args, config, _ = train.parse(train.STAGES, "--stage", "vl", None)
-        found = (args.batch_size, args.steps, args.warmup, args.lr, config.max_text_len)
-        assert found == expected, flags
+@pytest.mark.parametrize("flags", RECIPES)
+def test_recipes(flags, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
+    option, stages = ("--task", finetune.TASKS) if "--task" in flags else ("--stage", train.STAGES)
+    _, args, config, _ = train.parse(stages, option, None, None)
+    for setting in RECIPES[flags].split(", "):
+        name, value = setting.split()
+        assert float(value) == vars(config).get(name, getattr(args, name, None)), name
 
 
 def test_help_shows_the_flags_of_a_stage(capsys):
