@@ -27,6 +27,7 @@ import shapes
 import texts
 import train
 from mome import Config
+from runtime import UserError
 
 # ---- Scripts -------------------------------------------------------------------------------------
 
@@ -56,6 +57,13 @@ def call(script, *flags, charts=False):
         importlib.import_module(script).main()
 
 
+def refused(function, *arguments, says=None, **more):
+    """The call is a mistake, and is told in one line."""
+    with pytest.raises(UserError, match=says) as error:
+        function(*arguments, **more)
+    assert "\n" not in str(error.value)
+
+
 def commands(text):
     """Command lines that stand in lines, or between bars."""
     return re.split(r" \| |\n", text.strip())
@@ -66,7 +74,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_close_metrics(one, two, rel=1e-3):
+def assert_same_metrics(one, two, rel=1e-3):
     """Two folders have the same entries, up to rounding and the machine's speed."""
     for first, second in zip(metrics(one), metrics(two), strict=True):
         speed = {name: 0 for name in first if name.endswith("_s")}
@@ -76,7 +84,7 @@ def assert_close_metrics(one, two, rel=1e-3):
 
 def assert_same_run(one, two):
     """Two folders hold, bit for bit, the same metrics and last.pt."""
-    assert_close_metrics(one, two, rel=0)
+    assert_same_metrics(one, two, rel=0)
     one, two = (checkpoint.read(folder / "last.pt") for folder in (one, two))
     for part in ("tensors", "head", "optimizer", "scaler"):
         torch.testing.assert_close(getattr(one, part), getattr(two, part), rtol=0, atol=0)

@@ -10,6 +10,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 
 import checkpoint
 import positions
@@ -133,16 +134,14 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(old, damage):
     tensors, config, model = pair(old, {})
     tensors.pop(damage, None)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UserError):
-        checkpoint.fit(model, tensors, config, "x.pt")
+    refused(checkpoint.fit, model, tensors, config, "x.pt")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_module_of_another_shape_is_refused():
     model, right = torch.nn.Linear(2, 2, bias=False), {"weight": torch.ones(2, 2)}
     for wrong in ({}, {"weight": torch.zeros(3, 2)}, right | {"more": torch.zeros(1)}):
-        with pytest.raises(UserError):
-            checkpoint.load_exactly(model, wrong, "x.pt")
+        refused(checkpoint.load_exactly, model, wrong, "x.pt")
     checkpoint.load_exactly(model, right, "x.pt")
     assert torch.equal(model.weight, right["weight"])
 
@@ -203,28 +202,25 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
         files.append(path.read_bytes())
     for file in files:
         path.write_bytes(file)
-        with pytest.raises(UserError):
-            checkpoint.read(path)
-    with pytest.raises(UserError):
-        checkpoint.read(tmp_path / "absent.pt")
+        refused(checkpoint.read, path)
+    refused(checkpoint.read, tmp_path / "absent.pt")
 
     # Any other damage is refused, or not in the tensors
     untouched = checkpoint.Checkpoint(path, content)
-    refused = 0
+    found_out = 0
     for position in range(0, len(whole), len(whole) // 100):
         flipped = bytes([whole[position] ^ 0x01])
         path.write_bytes(whole[:position] + flipped + whole[position + 1 :])
         try:
             found = checkpoint.read(path)
         except UserError:
-            refused += 1
+            found_out += 1
             continue
         torch.testing.assert_close(found.tensors, untouched.tensors, rtol=0, atol=0)
-    assert refused > 80
+    assert found_out > 80
     (tmp_path / "previous.pt").write_bytes(whole)
-    with pytest.raises(UserError, match="previous.pt is the one before it"):
-        path.write_bytes(whole[: len(whole) // 2] + bytes(4096) + whole[len(whole) // 2 + 4096 :])
-        checkpoint.read(path)
+    path.write_bytes(whole[: len(whole) // 2] + bytes(4096) + whole[len(whole) // 2 + 4096 :])
+    refused(checkpoint.read, path, says="previous.pt is the one before it")
 
 
 def test_averages_of_other_parameters_never_reach_the_optimizer():

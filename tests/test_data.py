@@ -9,17 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
 import data
 import images
 import nlvr2
-import runtime
 import shapes
 import texts
 from loader import Loader, collate
-from runtime import UserError
 
 # ---- Images --------------------------------------------------------------------------------------
 
@@ -275,8 +274,7 @@ def test_batches_are_the_same_for_any_workers_processes_and_start(words):
         if step:
             for batch, other in zip(next(workers)[0], parts[0]):
                 assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(other[name])) for name, x in batch.items())
-    with pytest.raises(UserError):  # more than there are
-        Loader(samples, options(batch_size=14), options())
+    refused(Loader, samples, options(batch_size=14), options())  # more than there are
 
 
 def test_an_unreadable_image_is_named_once_and_the_next_replaces_it(words, capsys):
@@ -298,8 +296,7 @@ def test_the_loader_stops_at_too_many_unreadable_images(read, most):
     counts[1] = most
     loader.count(counts)
     assert loader.unreadable == most and loader.read == read
-    with pytest.raises(runtime.UserError):
-        Loader([], options(), options()).count(counts + (counts > 0))
+    refused(Loader([], options(), options()).count, counts + (counts > 0))
 
 
 def test_evaluation_reads_images_in_order_and_stops_at_an_unreadable_one():

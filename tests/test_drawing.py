@@ -3,11 +3,10 @@
 import json
 
 import numpy as np
-import pytest
+from conftest import refused
 from PIL import Image
 
 import drawing
-from runtime import UserError
 
 
 def test_only_right_tiles_have_a_green_frame_and_a_label_makes_them_higher():
@@ -58,13 +57,11 @@ def test_curves_are_of_what_changed_in_several_runs(tmp_path, monkeypatch):
     assert len(drawn) == 1  # it never changes
     for damaged in ("5\n", '{"itc": 1}\n', "{\n"):
         path.write_text(damaged)
-        with pytest.raises(UserError):
-            drawing.curves([path])
+        refused(drawing.curves, [path])
 
 
 def test_a_curve_is_drawn_where_it_belongs():
-    """A straight line on a linear scale, and an exponential one on a log scale, go from corner to
-    corner."""
+    """A straight line on a linear scale, and an exponential one on a log scale, go from corner to corner."""
     colors = {"run": (255, 0, 0)}
     for curve in ([(x, x) for x in range(101)], [(x, 1.1**x) for x in range(101)]):
         picture = np.asarray(drawing.plot("title", {"run": curve}, colors)).astype(int)

@@ -4,12 +4,10 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-from conftest import SIZE, call, metrics
+from conftest import SIZE, call, metrics, refused
 from files import write_json, write_lines
 
 import findings
-from runtime import UserError
 
 ENDED = SimpleNamespace(poll=lambda: 0, wait=lambda: 0, returncode=0)  # a process that has succeeded
 
@@ -104,8 +102,7 @@ def test_a_run_comes_after_what_it_needs_goes_on_and_begins_anew_if_a_command_ch
     monkeypatch.setattr(findings.time, "sleep", lambda seconds: None)
     args, broken = settings(tmp_path), "image-0"
     names = findings.runs_of([findings.TABLES["table4"]])
-    with pytest.raises(UserError, match="image, seed 0: train.py: error: the disk is full"):
-        findings.train_all(names, args)
+    refused(findings.train_all, names, args, says="image, seed 0: train.py: error: the disk is full")
     launched.clear()
     broken = None
     findings.train_all(names, args)
@@ -113,18 +110,17 @@ def test_a_run_comes_after_what_it_needs_goes_on_and_begins_anew_if_a_command_ch
     launched.clear()
     broken = "text-0"
     monkeypatch.setitem(findings.RUNS, "text", findings.RUNS["text"] + " --steps 7")
-    with pytest.raises(UserError, match="text, seed 0"):
-        findings.train_all(names, args)
+    refused(findings.train_all, names, args, says="text, seed 0")
     broken = None
     findings.train_all(names, args)  # what the earlier command has measured is not taken for this one's
     after = [(f"{name}-0", False) for name in ("text-vl", "text-vl+nlvr2", "text-vl+vqa")]
     assert launched == [("text-0", False), ("text-0", True), *after]
 
 
-def test_scripts_are_launched_by_torchrun_their_mistakes_are_told_and_nothing_is_written(tmp_path, monkeypatch):
+def test_mistakes_of_scripts_under_torchrun_are_told_and_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(findings.RUNS, "local", f"train.py {' '.join(SIZE)} --batch-size 7")
     monkeypatch.setitem(findings.PROCESSES, "local", 2)
-    with pytest.raises(UserError, match="local, seed 0: train.py: error: --batch-size 7"):
-        findings.train_all(["local"], settings(tmp_path))
+    said = "local, seed 0: train.py: error: --batch-size 7"
+    refused(findings.train_all, ["local"], settings(tmp_path), says=said)
     assert os.listdir(tmp_path) == ["local-0.log"]
     assert 'train.py", line' not in (tmp_path / "local-0.log").read_text()  # no traceback of ours

@@ -15,8 +15,6 @@ from mome import VLMo
 from sides import bare
 from stages import VL
 
-# ---- By hand -------------------------------------------------------------------------------------
-
 
 def test_itc_is_cross_entropy_both_ways_without_the_same_item_and_the_same_caption():
     i2t, t2i = torch.randn(2, 4, 4, dtype=torch.float64)
@@ -75,8 +73,6 @@ def test_mlm_is_a_mean_over_tokens_and_of_no_token_zero_with_a_gradient():
     loss.backward()
     assert loss.item() == 0 and not logits.grad.any()
 
-
-# ---- One process = many --------------------------------------------------------------------------
 
 NAMES = ["itc", "itm", "mlm"]
 CASES = [  # fields of the Config, and whether some row has no candidate on any process

@@ -35,9 +35,6 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-# ---- Size and configuration ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name, variant, millions",
     [("base", "relative", 175.4), ("base_plus", "absolute", 166.6), ("large", "relative", 561.5)],
@@ -66,9 +63,6 @@ def test_matrices_start_from_a_normal_distribution_and_biases_from_zero():
             assert weight.std().item() == pytest.approx(0.05, rel=0.1), name
         elif name.endswith("bias"):
             assert not weight.any(), name
-
-
-# ---- Equations (1) and (2) -----------------------------------------------------------------------
 
 
 def plain_expert(expert, x):
@@ -136,9 +130,6 @@ def test_gelu_computed_twice_has_the_right_gradients():
         for part, name in zip(parts, ("x", "weight", "bias")):
             part.requires_grad_(name in learns)
         assert torch.autograd.gradcheck(GELULinear.apply, parts)
-
-
-# ---- Parts -------------------------------------------------------------------------------------
 
 
 def test_images_are_normalised_by_the_model_and_a_hidden_patch_cannot_change_the_output():

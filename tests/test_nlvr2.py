@@ -25,9 +25,6 @@ def test_a_sentence_is_consistent_if_it_is_judged_right_with_all_its_pairs():
     assert results == pytest.approx({"accuracy": 100 * 5 / 8, "consistency": 100 * 2 / 4})
 
 
-# ---- Files ---------------------------------------------------------------------------------------
-
-
 def test_files_are_read_in_the_layout_of_the_release(tmp_path):
     nlvr2(tmp_path, "train", "nlvr2/data/train.json")
     nlvr2(tmp_path, "dev", "data/dev.json")

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from conftest import refused
 
 import reading
-from runtime import UserError
 
 VALUES = [1.5, -10**20, "a\\\"]}\n", "é€😀", None, True, [], {}, [[1, {"a": []}]], {"x": "[{"}]
 CONTENT = {"first": {"images": [1]}, "images": VALUES, "last": 5}
@@ -33,27 +33,22 @@ def test_a_cut_or_damaged_json_file_is_refused(tmp_path, monkeypatch, piece):
     path, whole = tmp_path / "a.json", json.dumps(CONTENT).encode()
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
-        with pytest.raises(UserError):
-            read(path)
+        refused(read, path)
     wrong = [b"[]", b'{"images": 5}', b'{"image": []}', b'{"images" []}', b'{"images": [1 2]}', b"\xff"]
     for content in (*wrong, whole + b"{", b'{"images": ' + b"[" * 10**5, b'{"images": [' + b"1" * 5000):
         path.write_bytes(content)
-        with pytest.raises(UserError):
-            read(path)
+        refused(read, path)
 
 
 def test_an_error_names_the_record(tmp_path):
     (tmp_path / "a.json").write_text('{"images": [1, 2, x]}')
-    with pytest.raises(UserError, match="images 2"):
-        read(tmp_path / "a.json")
+    refused(read, tmp_path / "a.json", says="images 2")
     (tmp_path / "a.txt").write_bytes(b"one\ntwo\r\n\xffthree")
-    with pytest.raises(UserError, match="line 3"):
-        list(reading.text_lines(tmp_path / "a.txt"))
+    refused(list, reading.text_lines(tmp_path / "a.txt"), says="line 3")
 
 
 def test_a_record_s_path_stays_below_its_folder():
     for name in ("a.png", "b/../a.png", "..a/b..png", "./a.png"):
         assert reading.path_below("x", name, "") == f"x/{name}"
     for name in ("/a.png", "../a.png", "b/../../a.png", "..", "./.."):
-        with pytest.raises(UserError):
-            reading.path_below("x", name, "line 1")
+        refused(reading.path_below, "x", name, "line 1")

@@ -49,9 +49,6 @@ def test_a_caption_of_several_pictures_is_right_for_all_or_for_its_own_only():
         assert set(map(tuple, pairs)) == expected
 
 
-# ---- Search --------------------------------------------------------------------------------------
-
-
 def gallery():
     """50 queries and 117 columns that tie now and then, and the pairs that belong together."""
     rng = torch.Generator().manual_seed(0)
@@ -78,9 +75,6 @@ def test_mixed_precision_does_not_round_the_scores():
     image, text = torch.eye(2), torch.tensor([[1.0, 0.0], [1.001, 0.0]])  # equal in bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert retrieval.search(image[:1], text, torch.tensor([[0], [1]])).tolist() == [0]
-
-
-# ---- Retrieval with a model ----------------------------------------------------------------------
 
 
 class Source(list):

@@ -5,13 +5,13 @@ import os
 from types import SimpleNamespace
 
 import pytest
+from conftest import refused
 from files import entry, karpathy, nlvr2, picture, vqa, write_lines
 
 import data
 import nlvr2 as statements
 import sources
 import vqa as questions
-from runtime import UserError
 
 
 def options(folder, splits, exclude=None):
@@ -56,8 +56,7 @@ def test_training_needs_every_folder_and_other_splits_those_that_have_them(tmp_p
         with pytest.raises(data.Absent):
             read(split, *folders)
     for folder in (none / "a.png", tmp_path / "absent"):
-        with pytest.raises(UserError):
-            read("train", folder)
+        refused(read, "train", folder)
 
 
 def test_excluded_pictures_are_left_out_of_training_only(tmp_path):
@@ -72,8 +71,7 @@ def test_excluded_pictures_are_left_out_of_training_only(tmp_path):
     assert left == ["a.png", "c.png"] and len(found["test"]) == 3
     for useless in ("other.png", "a.png\nb.png\nc.png"):
         names.write_text(useless)
-        with pytest.raises(UserError):
-            sources.read_pictures(options(tmp_path, ["train"], names), 8)
+        refused(sources.read_pictures, options(tmp_path, ["train"], names), 8)
 
 
 def test_karpathys_coco_and_flickr30k(tmp_path):
@@ -146,16 +144,14 @@ def test_a_wrong_record_next_to_a_good_one_is_refused(write, read, good, changes
         wrong += [good | {key: value} for value in values]
     for record in wrong:
         write(tmp_path, good, record)
-        with pytest.raises(UserError):
-            read([tmp_path], "train", 8)
+        refused(read, [tmp_path], "train", 8)
 
 
 def test_a_wrong_file_is_refused_as_a_whole(tmp_path):
     for content in (b"{", b"[]", b"{}", b'{"images": 5}', b"\xff"):
         for name in ("dataset_coco.json", "train.jsonl"):
             (tmp_path / name).write_bytes(content)
-            with pytest.raises(UserError):
-                pairs(tmp_path)
+            refused(pairs, tmp_path)
             (tmp_path / name).unlink()
 
 
@@ -182,15 +178,13 @@ OFFICIAL = {
 }
 
 
-@pytest.mark.parametrize("write", OFFICIAL)
-def test_official_files_that_do_not_fit_are_refused(write, tmp_path):
-    for number, changes in enumerate(OFFICIAL[write]):
-        folder = tmp_path / str(number)
-        with pytest.raises(UserError):
-            if write is vqa:
-                questions.read([vqa(folder, **{"ids": (1,)} | changes)], "train", 8)
-            else:
-                statements.read([nlvr2(folder, **changes)], "val", 8)
+def test_official_files_that_do_not_fit_are_refused(tmp_path):
+    for number, changes in enumerate(OFFICIAL[vqa]):
+        folder = vqa(tmp_path / f"vqa {number}", **{"ids": (1,)} | changes)
+        refused(questions.read, [folder], "train", 8)
+    for number, changes in enumerate(OFFICIAL[nlvr2]):
+        folder = nlvr2(tmp_path / f"nlvr2 {number}", **changes)
+        refused(statements.read, [folder], "val", 8)
 
 
 # ---- Tables, text files, splits ------------------------------------------------------------------
@@ -233,8 +227,7 @@ def test_tables_with_two_named_columns(tmp_path):
 def test_a_wrong_table_is_refused_by_file_and_row(tmp_path, content, wrong):
     picture(tmp_path / "a.png")
     (tmp_path / "train.csv").write_bytes(content)
-    with pytest.raises(UserError, match=wrong):
-        records(tmp_path)
+    refused(records, tmp_path, says=wrong)
 
 
 def test_texts_next_to_images_are_captions(tmp_path, capsys):
@@ -249,21 +242,17 @@ def test_texts_next_to_images_are_captions(tmp_path, capsys):
     assert "2 of 3" in capsys.readouterr().err
     assert records(tmp_path, captions=False) == [(f"{name}.jpg", []) for name in "abc"]
     (tmp_path / "train/b.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match="b.txt, line 1"):
-        records(tmp_path)
+    refused(records, tmp_path, says="b.txt, line 1")
 
 
 def test_a_path_outside_the_folder_is_refused_but_a_link_inside_is_not(tmp_path):
     folder = tmp_path / "pairs"
     picture(tmp_path / "a.png")
-    folder.mkdir()
     for name in ("../a.png", str(tmp_path / "a.png")):
         manifest(folder, GOOD | {"image": name})
-        with pytest.raises(UserError, match="line 1"):
-            records(folder)
+        refused(records, folder, says="line 1")
         karpathy(folder, entry(name, "test", "A dog."))
-        with pytest.raises(UserError, match="images 0"):
-            records(folder, "test")
+        refused(records, folder, "test", says="images 0")
     (folder / "a.png").symlink_to(tmp_path / "a.png")
     manifest(folder, GOOD)
     assert records(folder) == [("a.png", ["x"])]
@@ -282,9 +271,7 @@ def test_missing_images_are_named_up_to_five(tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     lines = [GOOD | {"image": f"{k % 20}.png"} for k in range(30)]
     manifest(tmp_path, GOOD, *lines)
-    with pytest.raises(UserError, match=r"20 images .*/0.png, .*/4.png, …"):
-        records(tmp_path)
+    refused(records, tmp_path, says=r"20 images .*/0.png, .*/4.png, …")
     monkeypatch.setattr(sources, "MANY", 3)
     monkeypatch.setattr(sources, "AT_ONCE", 2)
-    with pytest.raises(UserError, match=r"3 or more images"):
-        records(tmp_path)
+    refused(records, tmp_path, says=r"3 or more images")

@@ -51,9 +51,6 @@ def test_accuracies_by_type_next_to_the_best_constant():
     })  # fmt: skip
 
 
-# ---- Files ---------------------------------------------------------------------------------------
-
-
 def test_files_are_read_as_downloaded(tmp_path):
     source = task.read([vqa(tmp_path)], "train", 8)
     file = str(tmp_path / "train2014" / "COCO_train2014_000000000012.jpg")
