@@ -57,11 +57,11 @@ def call(script, *flags, charts=False):
         importlib.import_module(script).main()
 
 
-def refused(function, *arguments, says=None, **more):
-    """The call is a mistake, and is told in one line."""
-    with pytest.raises(UserError, match=says) as error:
+def refused(function, *arguments, error=UserError, says=None, **more):
+    """A call that must fail, in one line."""
+    with pytest.raises(error, match=says) as caught:
         function(*arguments, **more)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(caught.value)
 
 
 def commands(text):

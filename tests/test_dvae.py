@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import refused
 
 import dvae
 import losses
@@ -82,5 +83,4 @@ def test_gradient_equals_that_of_one_process(processes):
 
 @pytest.mark.parametrize("fields", [{"grid": 0}, {"codes": 1}, {"width": 0}])
 def test_sizes_that_are_none_are_refused(fields):
-    with pytest.raises(ValueError):
-        dvae.DVAEConfig(**{"grid": 2} | fields)
+    refused(dvae.DVAEConfig, **{"grid": 2} | fields, error=ValueError)

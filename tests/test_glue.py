@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import call, refused
+from files import write_lines
 
 import checkpoint
 import data
@@ -30,7 +31,7 @@ def test_metrics_by_hand():
 HEADERS = {  # of the official files, and the columns of texts and label
     "CoLA": ("source label mark sentence", "sentence", "label"),
     "SST-2": ("sentence label", "sentence", "label"),
-    "MRPC": ("Quality|#1 ID|#2 ID|#1 String|#2 String", "#1 String|#2 String", "Quality"),
+    "MRPC": ("Quality #1_ID #2_ID #1_String #2_String", "#1_String #2_String", "Quality"),
     "QQP": ("id qid1 qid2 question1 question2 is_duplicate", "question1 question2", "is_duplicate"),
     "STS-B": ("index genre filename year old_index source1 source2 sentence1 sentence2 score",
               "sentence1 sentence2", "score"),
@@ -41,23 +42,20 @@ HEADERS = {  # of the official files, and the columns of texts and label
 NAMES = {kind.folder: name for name, kind in glue.TASKS.items()}
 
 
-def split(names):
-    return names.split("|") if "|" in names else names.split(" ")
-
-
 def write(folder, task, file, labels):
     """A file of a task: line i has texts "i first", "i second" and a label; None: the column is not there."""
-    header, columns, label = map(split, HEADERS[task])
+    header, columns, [label] = map(str.split, HEADERS[task])
     if labels[0] is None:
-        header = [name for name in header if name != label[0]]
-    lines = [] if task == "CoLA" and "test" not in file else ["\t".join(header)]
+        header.remove(label)
+    lines = ["\t".join(header).replace("#1_", "#1 ").replace("#2_", "#2 ")]
     for i, value in enumerate(labels):
-        row = {name: "x" for name in header} | {label[0]: value}
-        row |= {name: f'{i} "{end}' for name, end in zip(columns, ("first", "second"))}
-        lines.append("\t".join(str(row[name]) for name in header))
-    (folder / task).mkdir(parents=True, exist_ok=True)
-    encoding = "utf-8-sig" if task == "MRPC" else "utf-8"  # as MRPC's train and dev begin
-    (folder / task / file).write_text("\n".join(lines) + "\n", encoding=encoding)
+        row = dict.fromkeys(header, "x") | {label: value} | dict(zip(columns, (f'{i} "first', f'{i} "second')))
+        lines.append("\t".join(row[name] for name in header))
+    if task == "CoLA" and "test" not in file:
+        lines = lines[1:]
+    if task == "MRPC":  # as its train and dev begin
+        lines[0] = "\ufeff" + lines[0]
+    write_lines(folder / task / file, *lines)
 
 
 @pytest.mark.parametrize("task", HEADERS)
@@ -70,15 +68,14 @@ def test_official_files_are_read(task, tmp_path):
         with open(tmp_path / task / kind.files[name], "a") as file:
             file.write("a line that is cut off\n")
     source, test = (kind.read([str(tmp_path)], name) for name in ("val", "test"))
-    count = len(split(HEADERS[task][1]))
+    count = len(HEADERS[task][1].split())
     for i, label in enumerate(labels):
         assert source[i] == ([f'{i} "first', f'{i} "second'][:count], label)
     assert len(source) == len(labels) and test[0].label is None
     assert len(test) == 3  # a submission has a line for each
     target = [kind.target(kind, source[i]).item() for i in range(len(source))]
     assert target == pytest.approx(list(range(len(labels))) if kind.labels else [3.2, 0.5])
-    with pytest.raises(data.Absent):
-        kind.read([str(tmp_path)], "train")
+    refused(kind.read, [str(tmp_path)], "train", error=data.Absent)
 
 
 def test_two_texts_have_a_separator_and_the_longer_is_cut():

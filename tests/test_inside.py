@@ -1,28 +1,27 @@
 """Attention and relevance of words, the pointing game, and what is filled in."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, shaken
 
 import inside
 import momo
 import shapes
-from mome import Config, VLMo
+from mome import VLMo
 from texts import Words, train_tokenizer
 
 CAPTION = "a small red circle above a large blue star"
 
 
-def model_of(position="absolute", **changes):
-    sizes = dict(dim=16, layers=2, heads=2, vl_layers=1, image_size=16, patch_size=4, max_text_len=12)
+def model_of(position="absolute"):
     torch.manual_seed(0)
-    model = VLMo(Config(**sizes, position=position, vocab_size=60, init_std=0.3, **changes)).eval()
-    if position == "relative":
-        torch.nn.init.normal_(model.relative_table)
-    return model
+    config = replace(SMALL, layers=2, heads=2, max_text_len=12, vocab_size=60, position=position)
+    return shaken(VLMo(config), 0.3).eval()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def test_relevance_is_attention_times_gradient_followed_through_the_layers(words
 def test_maps_that_point_at_things_win_the_game_and_others_lose(words):
     """The first thing is red, the second blue: a map of one of them is right for its own words."""
     words = Words(train_tokenizer(shapes.World("test", 0).corpus(), 200), 24)
-    config = Config(image_size=48, patch_size=4, max_text_len=24)
+    config = replace(SMALL, image_size=48)
     world, scenes = shapes.World("test", 48), iter(range(10))
 
     def point(at):
@@ -128,7 +127,8 @@ def test_a_perfect_prediction_of_momo_is_the_image(normalised, monkeypatch):
     hidden = torch.arange(16)[None] % 4 > 0
     values = momo.patch_values(image, hidden.flatten().nonzero()[:, 0], 4, normalised)
     monkeypatch.setattr(momo, "reconstruct", lambda model, decoder, batch: (values, None))
-    monkeypatch.setattr(momo, "read_decoders", lambda start, config: torch.nn.ModuleDict({"image": torch.nn.Identity()}))
+    decoders = torch.nn.ModuleDict({"image": torch.nn.Identity()})
+    monkeypatch.setattr(momo, "read_decoders", lambda start, config: decoders)
     start = SimpleNamespace(extra={}, args={"normalise_pixels": normalised})
     assert torch.equal(inside.reconstructed(start, model_of(), image, hidden), image)
 

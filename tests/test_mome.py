@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RELATIVE, SMALL, shaken
+from conftest import RELATIVE, SMALL, refused, shaken
 
 from mome import CONFIGS, Branch, GELULinear, MoME, VLMo
 from relative import scores_of
@@ -52,8 +52,7 @@ def test_trunk_has_as_many_parameters_as_the_released_one(name, variant, million
      {"layers": 0, "vl_layers": 0}],
 )  # fmt: skip
 def test_fields_that_do_not_fit_are_refused(fields):
-    with pytest.raises(ValueError):
-        replace(SMALL, **fields)
+    refused(replace, SMALL, **fields, error=ValueError)
 
 
 def test_matrices_start_from_a_normal_distribution_and_biases_from_zero():

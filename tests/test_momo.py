@@ -64,9 +64,6 @@ def stage_of(kind, shared=False, **attributes):
     return shaken(stage).double(), stage.samples
 
 
-# ---- Hiding, the encoder, the decoders -----------------------------------------------------------
-
-
 def plain_rows(model, decoder, batch, i):
     """Sample i by itself, without padding → the decoder's rows (·, E) at hidden tokens, then at
     hidden patches."""
@@ -120,9 +117,6 @@ def test_an_exact_share_is_hidden_and_no_special_token():
     assert momo.hide_patches(0.75, 196, random.Random(0)).sum() == 147
 
 
-# ---- Losses, gradients, measures -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("normalised", [False, True])
 def test_loss_and_measure_are_squared_errors_of_hidden_patches(normalised):
     stage, _ = stage_of(MoMoImage, normalised=normalised)
@@ -166,8 +160,6 @@ def test_gradients_of_both_modalities_add_up(kind):
         torch.testing.assert_close(sum(parts), gradient, rtol=1e-9, atol=1e-12)
         assert gradient.any(), name  # what is trained has something to learn from
 
-
-# ---- The stages ----------------------------------------------------------------------------------
 
 TRUNK = {"types", "norm", "blocks.*.norm", "blocks.*.attention.shared", "blocks.*.experts.shared"}
 IMAGE = TRUNK | {"patches", "image_cls", "image_position"}

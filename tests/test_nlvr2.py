@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import refused
 from files import nlvr2, picture, write_lines
 
 import data
@@ -38,8 +39,7 @@ def test_files_are_read_in_the_layout_of_the_release(tmp_path):
         assert source[0].id == f"{name}-5-0-0" and source[0].label
         assert left.getpixel((0, 0))[0] > 200 > right.getpixel((0, 0))[0]
     for folders in (["shapes"], [tmp_path]):
-        with pytest.raises(data.Absent):
-            task.read(folders, "valid", 8)
+        refused(task.read, folders, "valid", 8, error=data.Absent)
 
 
 def test_a_manifest_of_own_statements(tmp_path):

@@ -1,12 +1,14 @@
 """Attention with relative positions: equal to what is written out, and keeping nothing of S × S."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import SMALL, shaken
 
 import relative
-from mome import Config, VLMo
+from mome import VLMo
 from relative import RelativeAttention, relative_index, scores_of
 
 
@@ -28,7 +30,8 @@ def inputs(B=5, H=3, R=4, S=7, d=6, dtype=torch.float64):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("at_a_time", [1, 2, 5])
 def test_it_is_attention_as_written_out(monkeypatch, masked, at_a_time):
-    monkeypatch.setattr(relative, "chunks", lambda q, k: [slice(i, i + at_a_time) for i in range(0, 5, at_a_time)])
+    chunks = [slice(i, i + at_a_time) for i in range(0, 5, at_a_time)]
+    monkeypatch.setattr(relative, "chunks", lambda q, k: chunks)
     q, k, v, table, index, mask = inputs()
     leaves, mask = [x.requires_grad_() for x in (q, k, v, table)], mask if masked else None
     plain = written_out(*leaves, index, mask)
@@ -77,11 +80,8 @@ def test_in_bf16_it_is_as_exact_as_attention_written_out():
 
 
 def test_each_layer_has_columns_of_the_table_of_its_own():
-    model = VLMo(Config(
-        dim=8, layers=2, heads=2, vl_layers=1, image_size=8, patch_size=4, vocab_size=9, max_text_len=4,
-        position="relative", text_reach=5,
-    ))  # fmt: skip
-    torch.nn.init.normal_(model.relative_table)
+    sizes = {"layers": 2, "heads": 2, "image_size": 8, "max_text_len": 4, "text_reach": 5}
+    model = shaken(VLMo(replace(SMALL, position="relative", **sizes)))
     text, image, size = relative_index(4, 2, 5)
     assert model.relative_table.shape == (size, 4)
     for layer, positions in enumerate(model.positions("text", 3)):
@@ -89,5 +89,7 @@ def test_each_layer_has_columns_of_the_table_of_its_own():
         for head in range(2):
             assert torch.equal(scores[head], model.relative_table[:, 2 * layer + head][text[:3, :3]])
     [(_, index), _] = model.positions("pair", 3)
-    assert index.shape == (8, 8) and torch.equal(index[:3, :3], text[:3, :3]) and torch.equal(index[3:, 3:], image)
-    assert set(index[:3, 3:].flatten().tolist()) == {12} and set(index[3:, :3].flatten().tolist()) == {13}  # I = 12
+    expected = torch.full((8, 8), 12)  # text → image; I = 12
+    expected[3:, :3] = 13
+    expected[:3, :3], expected[3:, 3:] = text[:3, :3], image
+    assert torch.equal(index, expected)

@@ -28,8 +28,7 @@ def test_splits_share_no_scene_and_no_caption_and_are_the_same_on_every_machine(
         assert captions[a].isdisjoint(captions[b])
     things = "a small purple square, a large purple circle and a large green cross"
     assert shapes.World("test", 32)[7].item == f"{things} from left to right"
-    with pytest.raises(data.Absent):
-        shapes.World("dev", 32)
+    refused(shapes.World, "dev", 32, error=data.Absent)
 
 
 def test_scarce_scenes_have_long_tails_and_the_words_of_the_whole_world():

@@ -43,8 +43,7 @@ def test_a_shard_s_images_are_read_where_they_are(tmp_path, form):
     assert [source.image(i).getpixel((3, 3))[0] for i in range(5)] == [0, 1, 2, 77, 9]
     assert found[1].image == found[1].item == f"{path}/000000001.png"
     assert found[3].image == f"{path}/{folder}/x.PNG"
-    with pytest.raises(data.Absent):
-        records(tmp_path, "val")
+    refused(records, tmp_path, "val", error=data.Absent)
 
 
 def test_shards_without_folders_are_split_by_a_hash_of_the_key(tmp_path):
@@ -114,8 +113,6 @@ def test_a_broken_image_in_a_shard_is_unreadable_and_named(tmp_path):
     write_shard(tmp_path / "train/0.tar", {"a.png": png(1)[:40], "a.txt": b"a"})
     (tmp_path / "val").mkdir()
     _, source = records(tmp_path)
-    with pytest.raises(images.Unreadable, match="0.tar/a.png"):
-        source.image(0)
+    refused(source.image, 0, error=images.Unreadable, says="0.tar/a.png")
     os.remove(tmp_path / "train/0.tar")
-    with pytest.raises(images.Unreadable):
-        source.image(0)
+    refused(source.image, 0, error=images.Unreadable)

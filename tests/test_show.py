@@ -181,8 +181,7 @@ def test_a_model_loaded_from_python_has_only_what_was_learned(trained):
     assert not model.training and config == model.config and words.size == config.vocab_size
     model, words, _ = checkpoint.load_model(trained / "image/last.pt")
     assert words is None
-    with pytest.raises(AttributeError):
-        model.embed_image(torch.zeros(1, 3, 16, 16))
+    refused(model.embed_image, torch.zeros(1, 3, 16, 16), error=AttributeError)
     refused(checkpoint.load_model, trained / "image/last.pt", ["itc_image"])
     content = torch.load(trained / "vl/last.pt", weights_only=True)
     torch.save(content | {"tokenizer": None}, trained / "no-words.pt")

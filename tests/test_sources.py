@@ -53,8 +53,7 @@ def test_training_needs_every_folder_and_other_splits_those_that_have_them(tmp_p
     read = lambda split, *folders: sources.pictures(folders, split, 8, captions=True)
     assert len(read("train", both, train)) == 2 and len(read("val", both, train)) == 1
     for split, folders in [("train", [both, none]), ("val", [train]), ("train", [none])]:
-        with pytest.raises(data.Absent):
-            read(split, *folders)
+        refused(read, split, *folders, error=data.Absent)
     for folder in (none / "a.png", tmp_path / "absent"):
         refused(read, "train", folder)
 
@@ -234,8 +233,7 @@ def test_texts_next_to_images_are_captions(tmp_path, capsys):
     for name in "abc":
         picture(tmp_path / f"train/{name}.jpg")
     (tmp_path / "val").mkdir()
-    with pytest.raises(data.Absent):  # images only
-        records(tmp_path)
+    refused(records, tmp_path, error=data.Absent)  # images only
     (tmp_path / "train/a.txt").write_text("one\n\n two \n")
     (tmp_path / "train/b.txt").write_text("\n")
     assert records(tmp_path) == [("a.jpg", ["one", "two"])]
@@ -263,8 +261,7 @@ def test_a_split_that_is_not_there_names_those_that_are(tmp_path):
     for split in ("train", "test"):
         manifest(tmp_path, GOOD, split=split)
     for split in ("val", "valid"):
-        with pytest.raises(data.Absent, match="train, test"):
-            records(tmp_path, split)
+        refused(records, tmp_path, split, error=data.Absent, says="train, test")
 
 
 def test_missing_images_are_named_up_to_five(tmp_path, monkeypatch):

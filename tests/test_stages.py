@@ -28,8 +28,6 @@ from stages import VL, Image, Text, language_part, nearest_visible
 from texts import IGNORE, Texts, Words, pack, train_tokenizer
 from vqa import VQA
 
-# ---- What trains ---------------------------------------------------------------------------------
-
 SMALL = replace(conftest.SMALL, layers=2)
 NO_FUSION, ONE_EXPERT, APART = {"vl_layers": 0}, {"experts": "shared"}, {"attention": "separate"}
 
@@ -114,9 +112,6 @@ def test_a_stage_trains_what_its_losses_read_and_nothing_else(kind, wanted, chan
         assert p.requires_grad != torch.equal(before[name], p), name
 
 
-# ---- From stage to stage -------------------------------------------------------------------------
-
-
 def test_stages_follow_each_other(small_world, tmp_path):
     flags = "--position relative --layer-scale 0.1 --text-reach 60 --attention separate"
     for words in stage_commands(tmp_path, *flags.split()):
@@ -145,9 +140,6 @@ def test_stages_follow_each_other(small_world, tmp_path):
             assert torch.equal(tensor[kept], text.tensors[name][kept]), name
         if name in of_images:
             assert not torch.equal(tensor, text.tensors[name]), name
-
-
-# ---- Measures by hand ----------------------------------------------------------------------------
 
 
 def test_the_nearest_visible_patch_by_hand():

@@ -23,8 +23,6 @@ from sides import bare
 from stages import VL, Image, Text
 from vqa import VQA
 
-# ---- A step in parts -----------------------------------------------------------------------------
-
 
 def share(parts, names=("image", "text", "mask", "masked", "labels", "ids")):
     """This process's share of six pairs, in parts that differ in length and in masked words."""
@@ -161,9 +159,6 @@ def test_what_the_host_knows_of_a_step():
     hidden = torch.tensor([[True, False, True], [False, False, True]])
     [found] = with_counts([{"hidden": hidden}])
     assert found["hidden_at"].tolist() == [0, 2, 5] and found["hidden_count"] == 3
-
-
-# ---- No waiting ----------------------------------------------------------------------------------
 
 
 def dvae_stage():
