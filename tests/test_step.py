@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -24,18 +25,17 @@ from stages import VL, Image, Text
 from vqa import VQA
 
 
-def share(parts, names=("image", "text", "mask", "masked", "labels", "ids")):
+def chunks(batch, count):
+    """A batch in so many parts."""
+    names = [name for name in ("image", "text", "mask", "masked", "labels", "ids", "hidden") if name in batch]
+    columns = zip(*(batch[name].chunk(count) for name in names))
+    return [dict(zip(names, column)) for column in columns]
+
+
+def share(parts):
     """This process's share of six pairs, in parts that differ in length and in masked words."""
-    batch = batch_of_six()
-    chunks = [batch[name].chunk(losses.world() * parts) for name in names]
-    batches = [dict(zip(names, columns)) for columns in zip(*chunks)]
+    batches = chunks(batch_of_six(), losses.world() * parts)
     return [(batch,) for batch in with_counts(batches[losses.rank() * parts :][:parts])]
-
-
-def gradients_of(stage, values, count):
-    """Adds the gradients of a part, as the loop does."""
-    (sum(values[name] for name in stage.loss_weights) / count).backward()
-    return {name: value.detach() / count for name, value in values.items()}
 
 
 def flat(stage):
@@ -46,12 +46,19 @@ def flat(stage):
 
 def in_parts(stage, parts):
     """The step as the loop computes it: look ahead, then each part by itself."""
-    found = {}
+    found = Counter()  # sums by name
     for number, batches in enumerate(stage.look_ahead(parts)):
         stage.seed(number)
-        for name, value in gradients_of(stage, stage(*batches), len(parts)).items():
-            found[name] = found.get(name, 0) + value
+        values = stage(*batches)
+        (sum(values[name] for name in stage.loss_weights) / len(parts)).backward()
+        found.update({name: value.detach() / len(parts) for name, value in values.items()})
     return found, flat(stage)
+
+
+def joined(batches):
+    """What the contrast needs of a whole step."""
+    names = "image", "text", "mask", "ids"
+    return {name: torch.cat([batch[name] for batch in batches]) for name in names}
 
 
 def in_one_graph(stage, parts):
@@ -61,8 +68,8 @@ def in_one_graph(stage, parts):
         stage.seed(number)
         vectors.append(stage.vectors(batch))
         states.append(torch.get_rng_state())
-    whole = {name: torch.cat([batch[name] for (batch,) in parts]) for name in ("image", "text", "mask", "ids")}
     image, text, scale = zip(*vectors)
+    whole = joined([batch for (batch,) in parts])
     found = stage.compare(whole, (torch.cat(image), torch.cat(text), scale[0]))
     total = found["itc"]
     for number, (batch,) in enumerate(parts):
@@ -108,8 +115,7 @@ def test_gradients_of_the_whole_step_are_in_full_precision_under_autocast():
         (first,), (second,) = stage.look_ahead(share(2))
         vectors = [stage.vectors(batch)[:2] for batch in (first, second)]
     image, text = (torch.cat(column).detach().requires_grad_() for column in zip(*vectors))
-    whole = {name: torch.cat([first[name], second[name]]) for name in ("image", "text", "mask", "ids")}
-    exact = stage.compare(whole, (image, text, stage.model.scale()))["itc"]
+    exact = stage.compare(joined([first, second]), (image, text, stage.model.scale()))["itc"]
     for number, expected in enumerate(torch.autograd.grad(exact, (image, text))):
         found = torch.cat([part["compared"]["gradients"][number] for part in (first, second)]) / 2
         assert found.dtype == torch.float32 and (found - expected).norm() < 1e-5 * expected.norm()
@@ -134,11 +140,7 @@ def test_momos_steps_in_parts_are_those_in_one_pass(kind):
     answers = []
     for count in (1, 2):
         stage, batches = momo_stage_of(kind)
-        columns = []
-        for batch in batches:
-            raw = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor) and not name.endswith("_at")}
-            chunks = [[(name, chunk) for chunk in x.chunk(count)] for name, x in raw.items()]
-            columns.append(with_counts([dict(fields) for fields in zip(*chunks)]))
+        columns = [with_counts(chunks(batch, count)) for batch in batches]
         answers.append(in_parts(stage, list(zip(*columns))))
     (one, expected), (two, found) = answers
     assert all(abs(one[name] - two[name]) < 1e-9 for name in stage.loss_weights)
@@ -152,7 +154,8 @@ def test_what_the_host_knows_of_a_step():
     whole = {"mask": mask, "text": mask.long(), "masked": mask.long(), "labels": labels, "ids": torch.eye(4)}
     halves = [{name: x[rows] for name, x in whole.items()} for rows in (slice(0, 2), slice(2, 4))]
     first, second = with_counts(halves)
-    assert first["text"].shape == second["mask"].shape == (2, 16) and second["ids"].shape == (2, 4)  # 9, in eights
+    assert first["text"].shape == second["mask"].shape == (2, 16)  # 9, in eights
+    assert second["ids"].shape == (2, 4)
     assert first["masked_at"].tolist() == [1, 17, 23] and second["masked_at"].tolist() == [18]
     assert first["masked_count"] == second["masked_count"] == 2
     assert first["visible"] == (2, 7) and second["visible"] == (3, 5)
