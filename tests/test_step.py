@@ -180,18 +180,20 @@ for layout in ({}, RELATIVE):
     CASES += [(stage_of, kind, "loss", changes) for kind in (VQA, NLVR2, RTE, Classify, Probe)]
 
 
-def step_on(device, build, arguments, amp, count):
-    """Forward, backward, clipping and the optimizer's step on a device whose values nobody can read."""
+def step_on(device, build, *arguments):
+    """Forward and backward in full and in mixed precision, then clipping and the optimizer's step, on a
+    device whose values nobody can read."""
     stage, batches = build(*arguments)
     stage, batches = stage.float().train(), batches if isinstance(batches, list) else [batches]
     with device.mode():
         device.move(stage)
         optimizer = runtime.adamw(stage)
-        parts = [tuple(map(device.like, batches)) for _ in range(count)]
-        for part in stage.look_ahead(parts):
-            with torch.autocast(device.DEVICE, torch.bfloat16, enabled=amp):
-                values = stage(*part)
-            sum(values[name] for name in stage.loss_weights).backward()
+        for amp, count in ((False, 2 if isinstance(stage, VL) else 1), (True, 1)):
+            parts = [tuple(map(device.like, batches)) for _ in range(count)]
+            for part in stage.look_ahead(parts):
+                with torch.autocast(device.DEVICE, torch.bfloat16, enabled=amp):
+                    values = stage(*part)
+                sum(values[name] for name in stage.loss_weights).backward()
         nn.utils.clip_grad_norm_(stage.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -201,10 +203,8 @@ def all_steps_on_a_pretend_gpu(folder):
     sys.path.append(folder)
     import pretend_gpu
 
-    for build, *arguments in CASES[int(os.environ["RANK"]) :: 2]:
-        looks_ahead = arguments and issubclass(arguments[0], VL)
-        step_on(pretend_gpu, build, arguments, amp=False, count=2 if looks_ahead else 1)
-        step_on(pretend_gpu, build, arguments, amp=True, count=1)
+    for case in CASES[int(os.environ["RANK"]) :: 2]:
+        step_on(pretend_gpu, *case)
 
 
 def test_the_host_never_waits_for_the_device(shared, processes):
