@@ -5,6 +5,7 @@ import re
 
 import torch
 from conftest import ROOT
+from files import karpathy, write_json
 from PIL import Image
 
 
@@ -49,17 +50,14 @@ def test_the_readme_s_program_runs(stages, tmp_path, monkeypatch):
 
 def test_the_recipe_s_program_makes_a_manifest_of_visual_genome(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pictures = [{"image_id": k, "url": f"https://x/VG_100K_2/{k}.jpg", "coco_id": coco} for k, coco in ((1, None), (2, 77))]
-    regions = [{"id": k, "regions": [{"phrase": " a dog "}, {"phrase": "a dog"}, {"phrase": ""}]} for k in (1, 2)]
-    karpathy = {"images": [{"cocoid": 77, "split": "test"}, {"cocoid": 78, "split": "train"}]}
-    for name, content in (
-        ("vg/image_data.json", pictures),
-        ("vg/region_descriptions.json", regions),
-        ("coco/dataset_coco.json", karpathy),
-    ):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
+    pictures, regions = [], []
+    for number, coco in ((1, None), (2, 77)):
+        url = f"https://x/VG_100K_2/{number}.jpg"
+        pictures.append({"image_id": number, "url": url, "coco_id": coco})
+        regions.append({"id": number, "regions": [{"phrase": text} for text in (" a dog ", "a dog", "")]})
+    write_json(tmp_path / "vg/image_data.json", pictures)
+    write_json(tmp_path / "vg/region_descriptions.json", regions)
+    karpathy(tmp_path / "coco", {"cocoid": 77, "split": "test"}, {"cocoid": 78, "split": "train"})
     exec(program("RECIPES.md"), {})
     lines = (tmp_path / "vg/train.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [

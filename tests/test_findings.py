@@ -38,8 +38,9 @@ def test_every_run_trains_and_is_measured(tmp_path, monkeypatch, small_world):
     names, args = findings.runs_of(findings.TABLES.values()), settings(tmp_path)
     assert set(findings.RUNS) <= set(names)  # none is for nothing
     # Tasks are fine-tuned from the rows of other architectures only, to save time
-    tasks = [f"{row}+{task}" for row in ("standard", "no-vl-experts", "separate") for task in ("vqa", "nlvr2")]
-    tasks += [f"momo-all+{task}" for task in ("vqa", "rte", "probe")]
+    tasks = [f"momo-all+{task}" for task in ("vqa", "rte", "probe")]
+    for row in ("standard", "no-vl-experts", "separate"):
+        tasks += [f"{row}+vqa", f"{row}+nlvr2"]
     assert set(tasks) <= set(names)
     findings.train_all([*findings.RUNS, *tasks], args)
     for table in findings.TABLES.values():
@@ -71,9 +72,13 @@ def test_a_report_has_means_errors_minutes_and_verdicts(tmp_path):
     for seed in (0, 2):  # seed 1 is not finished
         write_run(tmp_path / f"local+nlvr2-{seed}", accuracy=50 + 3 * seed)
     rows = findings.report(table, args).splitlines()
-    assert rows[4] == "| one of four processes | 51.0 ± 0.6 (50.0, 51.0, 52.0) | 30.0 ± 0.0 (30.0, 30.0, 30.0) | 53.0 ± 3.0 (50.0, 56.0) |  | 6.0 |"
-    assert rows[5] == "| all processes | 61.0 ± 0.6 (60.0, 61.0, 62.0) | 40.0 ± 0.0 (40.0, 40.0, 40.0) | 71.0 ± 0.6 (70.0, 71.0, 72.0) |  | 6.0 |"
-    assert rows[9] == "| all processes > one of four processes | +10.0 ± 0.8 | +10.0 ± 0.0 | reproduced: +18.0 ± 3.1 |  |"
+    for number, row in {
+        4: "one of four processes | 51.0 ± 0.6 (50.0, 51.0, 52.0) | 30.0 ± 0.0 (30.0, 30.0, 30.0) | 53.0 ± 3.0 (50.0, 56.0)",
+        5: "all processes | 61.0 ± 0.6 (60.0, 61.0, 62.0) | 40.0 ± 0.0 (40.0, 40.0, 40.0) | 71.0 ± 0.6 (70.0, 71.0, 72.0)",
+    }.items():
+        assert rows[number] == f"| {row} |  | 6.0 |"
+    ordering = "all processes > one of four processes | +10.0 ± 0.8 | +10.0 ± 0.0 | reproduced: +18.0 ± 3.1"
+    assert rows[9] == f"| {ordering} |  |"
 
 
 def test_a_verdict_needs_two_standard_errors():

@@ -35,7 +35,8 @@ HEADERS = {  # of the official files, and the columns of texts and label
     "QQP": ("id qid1 qid2 question1 question2 is_duplicate", "question1 question2", "is_duplicate"),
     "STS-B": ("index genre filename year old_index source1 source2 sentence1 sentence2 score",
               "sentence1 sentence2", "score"),
-    "MNLI": ("index promptID pairID sentence1 sentence2 label1 gold_label", "sentence1 sentence2", "gold_label"),
+    "MNLI": ("index promptID pairID sentence1 sentence2 label1 gold_label",
+             "sentence1 sentence2", "gold_label"),
     "QNLI": ("index question sentence label", "question sentence", "label"),
     "RTE": ("index sentence1 sentence2 label", "sentence1 sentence2", "label"),
 }  # fmt: skip
@@ -49,7 +50,8 @@ def write(folder, task, file, labels):
         header.remove(label)
     lines = ["\t".join(header).replace("#1_", "#1 ").replace("#2_", "#2 ")]
     for i, value in enumerate(labels):
-        row = dict.fromkeys(header, "x") | {label: value} | dict(zip(columns, (f'{i} "first', f'{i} "second')))
+        row = dict.fromkeys(header, "x") | {label: value}
+        row |= zip(columns, (f'{i} "first', f'{i} "second'))
         lines.append("\t".join(row[name] for name in header))
     if task == "CoLA" and "test" not in file:
         lines = lines[1:]

@@ -177,7 +177,8 @@ def test_a_stopped_script_has_its_line_and_status(tmp_path):
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     step = checkpoint.read(tmp_path / "out/last.pt").step
-    assert said.endswith(f"\ntrain.py: stopped after step {step}: --resume --out {tmp_path / 'out'} goes on\n")
+    end = f"stopped after step {step}: --resume --out {tmp_path / 'out'} goes on"
+    assert said.endswith(f"\ntrain.py: {end}\n")
 
 
 def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
