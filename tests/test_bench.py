@@ -109,7 +109,7 @@ def test_flops_and_memory_by_hand():
 
 def test_the_benchmark_prints_tables_and_writes_its_numbers(tmp_path, monkeypatch, capsys):
     out, vectors = tmp_path / "bench.json", bench.vectors
-    monkeypatch.setitem(CONFIGS, "tiny", SMALL)
+    monkeypatch.setitem(CONFIGS, "tiny", replace(SMALL, layers=2))
     monkeypatch.setattr(bench, "vectors", lambda *_: vectors(20, 100, "cpu"))
     monkeypatch.setattr(bench, "matmul_peak", lambda run: 1e12)
     monkeypatch.setattr(bench, "VIEWS", 2)
