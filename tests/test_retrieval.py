@@ -130,6 +130,14 @@ def test_any_number_of_processes_and_any_batch_give_the_same_answer(many):
         assert other == whole
 
 
+def test_a_caption_of_karpathys_splits_is_right_only_for_its_own_picture():
+    model, words, _ = model_and_words()
+    alike = Source(data.Picture(None, ["alike"], str(i)) for i in range(4))
+    for by_text, right in ((True, 100), (False, 25)):  # one picture is the best for all four
+        alike.by_text = by_text
+        assert retrieval.retrieval(model, alike, words, "cpu")["IR@1"] == right
+
+
 def test_reordering_by_hand(monkeypatch):
     asked, odds = [], torch.tensor([[0.0, 2.0], [-3.0, 0.0], [0.0, -100.0], [0.0, 0.5]])
 
