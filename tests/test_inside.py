@@ -12,7 +12,7 @@ from conftest import SMALL, shaken
 import inside
 import momo
 import shapes
-from mome import VLMo
+from mome import MIMHead, VLMo
 from texts import Words, train_tokenizer
 
 CAPTION = "a small red circle above a large blue star"
@@ -131,6 +131,28 @@ def test_a_perfect_prediction_of_momo_is_the_image(normalised, monkeypatch):
     monkeypatch.setattr(momo, "read_decoders", lambda start, config: decoders)
     start = SimpleNamespace(extra={}, args={"normalise_pixels": normalised})
     assert torch.equal(inside.reconstructed(start, model_of(), image, hidden), image)
+
+
+def test_stage_image_fills_in_the_likeliest_codes_in_the_place_of_each(monkeypatch):
+    class Tokenizer(torch.nn.Module):
+        config = SimpleNamespace(codes=8)
+
+        def encode(self, image):
+            return torch.full((1, 16), 7)
+
+        def decode(self, codes):
+            decoded.extend(codes[0].tolist())
+            return torch.zeros(1, 3, 4, 4)
+
+    model, decoded, hidden = model_of(), [], torch.arange(16)[None] % 3 == 0
+    head, image = shaken(MIMHead(model.config, 8)), torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    monkeypatch.setattr(inside.dvae, "build", lambda kept, path: Tokenizer())
+    start = SimpleNamespace(extra={"dvae": None}, path="x.pt", head=head.state_dict())
+    with torch.no_grad():
+        inside.reconstructed(start, model, image, hidden)
+        rows = model.encode_image(image, masked=hidden, mask_embedding=head.mask_embedding)[0]
+        codes = head(rows).argmax(1).tolist()  # row 0 is [I_CLS]
+    assert decoded == [codes[1 + n] if n % 3 == 0 else 7 for n in range(16)]
 
 
 def test_guesses_are_the_likeliest_words_in_the_place_of_each(words):
