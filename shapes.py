@@ -117,7 +117,7 @@ class World:
         images i?). Every statement comes with TIMES pairs of images, and is true of half of
         them."""
         rng = self.rng("statement", i // TIMES)
-        text, holds = state(rng)
+        text, holds = state(rng, self.things)
         return text, holds, rng.sample([True, False] * (TIMES // 2), TIMES)[i % TIMES]
 
     def image_pair(self, i):
@@ -277,9 +277,9 @@ def ask_which(scene, rng):
     return f"what {wanted} is the {name}?", thing[wanted]
 
 
-def state(rng):
-    """A statement about two scenes: (text, holds), holds(left, right) → bool."""
-    trait = Trait(make_thing(rng), "color")
+def state(rng, kind="any"):
+    """A statement about two scenes of things of a kind: (text, holds), holds(left, right) → bool."""
+    trait = Trait(make_thing(rng, kind), "color")
     side, total = rng.choice((0, 1)), rng.choice((4, 5, 6))
     name, number, what = ("left", "right")[side], {4: "four", 5: "five", 6: "six"}[total], with_article(trait.text)
     kinds = [  # how often it comes, the statement, what it means

@@ -123,9 +123,10 @@ def test_statements_by_hand_and_true_of_two_of_four_pairs(monkeypatch):
         assert stated[text.format(true)] and not stated[text.format(false)]
 
     monkeypatch.setattr(shapes, "draw_scene", lambda scene, size, rng: scene)
-    world, labels = shapes.World("test", 32), []
-    for i in range(200):
-        _, holds, label = world.statement(i)
-        assert holds(*world.image_pair(i)) == label
-        labels.append(label)
-    assert {sum(labels[i : i + 4]) for i in range(0, 200, 4)} == {2}
+    for split in ("test", "rare"):  # every statement can be true of the things of its split
+        world, labels = shapes.World(split, 32), []
+        for i in range(200):
+            _, holds, label = world.statement(i)
+            assert holds(*world.image_pair(i)) == label
+            labels.append(label)
+        assert {sum(labels[i : i + 4]) for i in range(0, 200, 4)} == {2}
