@@ -299,7 +299,7 @@ def rare(out):
     if not path.exists():
         model, words, config = checkpoint.load_model(Path(out, "last.pt"))
         found = retrieval(model, shapes.World("rare", config.image_size), words, "cpu")
-        path.write_text(json.dumps(found))
+        runtime.write(path, lambda file: file.write(json.dumps(found).encode()))
     return json.loads(path.read_text())
 
 
