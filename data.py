@@ -204,7 +204,8 @@ def shuffled_batches(length, batch, rank, world, seed, start=0):
 
     Batch k of all W processes is positions k·W·b … (k+1)·W·b of the shuffled epochs, and process r
     takes its r-th part. So the global batch is the same for any W, and a position in the data is a
-    number."""
+    number.
+    """
     for k in itertools.count(start):
         first = (k * world + rank) * batch
         epochs, places = np.divmod(np.arange(first, first + batch), length)

@@ -191,7 +191,8 @@ class MoMoVL(MoMo, VL):
     """Stage 3: contrast, matching (VLMo's, on whole pairs) and cross-modal masking (Eq. 3) on
     pairs, and hidden tokens of texts (Eq. 2) in every step."""
 
-    modalities, of_pairs = ["pair", "text"], {"itc", "itm"}
+    modalities = ["pair", "text"]
+    of_pairs = {"itc", "itm"}
     recipe = {
         "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100),
         "base": dict(batch_size=4096, steps=161_000, warmup=16_100, lr=1e-4, max_text_len=196),

@@ -249,7 +249,8 @@ class VL(Stage):
 
     def forward(self, batch):
         """batch: image (b, 3, S, S); text, masked, labels (b, T) int64; mask (b, T) bool; ids (b, 2)
-        int64, as data.Pairs makes them, and what loader.with_counts adds."""
+        int64, as data.Pairs makes them, and what loader.with_counts adds. → {name: scalar}, those of
+        the losses in of_pairs that have a weight, and what is logged besides, 1/σ among it."""
         image, text, mask = batch["image"], batch["text"], batch["mask"]
         (b, T), out, pairs = text.shape, {}, []
         wanted = self.loss_weights.keys() & self.of_pairs
