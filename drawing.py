@@ -1,6 +1,8 @@
 """Pictures for people, drawn with Pillow only: sheets of labelled images, heat maps, charts of curves."""
 
+import collections
 import math
+import statistics
 import textwrap
 from pathlib import Path
 
@@ -87,31 +89,33 @@ NOT_SHOWN = ("step", "split", "lr", "unreadable", "waited_s")
 
 
 def curves(runs, only=None):
-    """The losses and measures of runs (folders, or their metrics.jsonl) as one picture; of measures
-    those that were taken more than once, and changed; None if there is nothing to draw. only: names
-    of some of them."""
+    """The losses and measures of runs as one picture; of measures those that were taken more than
+    once, and changed; None if there is nothing to draw. runs: {name: its folders, or their
+    metrics.jsonl}, of several the mean is drawn. only: names of some measures."""
+    found = collections.defaultdict(list)  # {(title, run, step): values}
+    for run, paths in runs.items():
+        for path in map(Path, paths):
+            for _, entry in read_metrics(path / "metrics.jsonl" if path.is_dir() else path):
+                split = f", split {entry['split']}" if "split" in entry else ""
+                for name, value in entry.items():
+                    shown = name in only if only else name not in NOT_SHOWN and not name.endswith("_per_s")
+                    if shown and value is not None:
+                        found[name + split, run, entry["step"]].append(value)
     panels = {}
-    for run in runs:
-        path = Path(run, "metrics.jsonl") if Path(run).is_dir() else Path(run)
-        for _, entry in read_metrics(path):
-            split = f", split {entry['split']}" if "split" in entry else ""
-            for name, value in entry.items():
-                shown = name in only if only else name not in NOT_SHOWN and not name.endswith("_per_s")
-                if shown and value is not None:
-                    curve = panels.setdefault(name + split, {}).setdefault(str(run), [])
-                    curve.append((entry["step"], value))
-    for title, found in list(panels.items()):
-        if all(len({y for _, y in curve}) < 2 for curve in found.values()):
+    for (title, run, step), values in found.items():
+        panels.setdefault(title, {}).setdefault(run, []).append((step, statistics.mean(values)))
+    for title, curves in list(panels.items()):
+        if all(len({y for _, y in curve}) < 2 for curve in curves.values()):
             del panels[title]
-    return chart(panels, list(map(str, runs))) if panels else None
+    return chart(panels, list(runs)) if panels else None
 
 
-def chart(panels, names, columns=3):
+def chart(panels, names):
     """Curves of several runs as one picture. panels: {title: {name: [(x, y), …]}}; names: of the
     runs, in the order of their colors."""
     colors = {name: COLORS[k % len(COLORS)] for k, name in enumerate(names)}
     plots = [plot(title, curves, colors) for title, curves in panels.items()]
-    rows = [beside(plots[k : k + columns], gap=20) for k in range(0, len(plots), columns)]
+    rows = [beside(plots[k : k + 3], gap=20) for k in range(0, len(plots), 3)]
     legend = below([written(name, color=colors[name]) for name in names], gap=0)
     return ImageOps.expand(below([legend, *rows], gap=14), 10, PAPER)
 

@@ -10,7 +10,6 @@ prints. A run that was stopped goes on, and one that is finished stays as it is.
 each table, TABLE.md, TABLE-curves.png and TABLE-answers.png.
 """
 
-import collections
 import itertools
 import json
 import os
@@ -220,10 +219,10 @@ def train_all(names, args):
 
 def start(name, seed, args):
     """Starts a run, or goes on with it. → its process; None if it is finished."""
-    out, log = folder(name, seed, args), logfile(name, seed, args)
+    out = folder(name, seed, args)
+    log = out.with_suffix(".log")
     # The log begins with all the commands that the run depends on: one that has changed begins anew
-    commands = [" ".join(arguments(one, seed, args)) for one in with_needs(name)]
-    head = "\n".join(commands) + "\n"
+    head = "".join(" ".join(arguments(one, seed, args)) + "\n" for one in with_needs(name))
     begun = log.exists() and log.read_text().startswith(head)
     if begun and result(out):
         return None
@@ -257,7 +256,7 @@ def launch(words, processes, jobs, log):
 def check(name, seed, args, process):
     """UserError if a run has failed."""
     if process and process.returncode:
-        log = logfile(name, seed, args)
+        log = folder(name, seed, args).with_suffix(".log")
         lines = [line for line in log.read_text().splitlines() if ": error: " in line]
         said = lines[-1] if lines else f"status {process.returncode}"
         raise UserError(f"{name}, seed {seed}: {said} (full output: {log})")
@@ -265,10 +264,6 @@ def check(name, seed, args, process):
 
 def folder(name, seed, args):
     return Path(args.out, f"{name}-{seed}")
-
-
-def logfile(name, seed, args):
-    return Path(args.out, f"{name}-{seed}.log")
 
 
 # ---- What came out -------------------------------------------------------------------------------
@@ -375,27 +370,14 @@ def in_short(numbers):
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
-CURVES = {  # {name in metrics.jsonl: title}
-    "itc": "contrast (ITC)",
-    "itm accuracy": "matching (ITM); always no: 0.67",
-    "mlm": "masked words (MLM)",
-    "mean": "retrieval, split val",
-}
-
 
 def curves(rows, args):
     """Losses and measures of rows {run: in words}, means over seeds, as one picture."""
-    points = collections.defaultdict(list)  # {(name, row, step): values by seed}
-    for row, seed in itertools.product(rows, range(args.seeds)):
-        for entry in entries(folder(row, seed, args)):
-            if entry.get("split") != "test":
-                for name in CURVES.keys() & entry.keys():
-                    points[name, row, entry["step"]].append(entry[name])
-    panels = {}
-    for (name, row, step), found in sorted(points.items()):
-        curve = panels.setdefault(CURVES[name], {}).setdefault(rows[row], [])
-        curve.append((step, statistics.mean(found)))
-    return drawing.chart(panels, list(rows.values()), columns=2) if panels else None
+    runs = {}
+    for row, meaning in rows.items():
+        outs = [folder(row, seed, args) for seed in range(args.seeds)]
+        runs[meaning] = [out for out in outs if entries(out)]
+    return drawing.curves(runs, only=("itc", "itm accuracy", "mlm", "mean"))  # the mean of recalls
 
 
 def answers(rows, args, count=10):
@@ -407,7 +389,7 @@ def answers(rows, args, count=10):
             path = out / "answers.json"
             if not path.exists():
                 words = ["evaluate.py", "--task", "vqa", "--checkpoint", f"{out}/last.pt", "--predictions", str(path)]
-                process = launch(words, 1, args.jobs, logfile(f"{row}+vqa", 0, args))
+                process = launch(words, 1, args.jobs, out.with_suffix(".log"))
                 process.wait()
                 check(f"{row}+vqa", 0, args, process)
             found[meaning] = {answer["question_id"]: answer["answer"] for answer in json.loads(path.read_text())}

@@ -278,7 +278,7 @@ def masked(args, run):
 
 def curve(args, run):
     """The losses of one run or several, and what was measured, from their metrics.jsonl."""
-    if not (chart := drawing.curves(args.runs, args.only)):
+    if not (chart := drawing.curves({run: [run] for run in args.runs}, args.only)):
         raise UserError(f"{' '.join(args.runs)}: nothing to draw")
     save(chart, args)
 

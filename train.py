@@ -240,7 +240,7 @@ def finish(stage, out, args, run, log):
     log.close()
     pictures = stage.draw(run.device)
     if run.main:
-        if chart := drawing.curves([out]):
+        if chart := drawing.curves({str(out): [out]}):
             pictures["curve.png"] = chart
         for name, picture in pictures.items():
             picture.save(out / name)

@@ -49,15 +49,17 @@ def test_curves_are_of_what_changed_in_several_runs(tmp_path, monkeypatch):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4')
     drawn = []
     monkeypatch.setattr(drawing, "chart", lambda panels, names: drawn.append((panels, names)))
-    drawing.curves([tmp_path / "one", path])
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"step": 10, "itc": 2}\n{"step": 20, "itc": 1}\n')
+    drawing.curves({"one": [tmp_path / "one"], "two": [path, other]})
     [(panels, names)] = drawn
-    assert list(panels) == ["itc", "accuracy, split val"] and names == [str(tmp_path / "one"), str(path)]
-    assert panels["itc"][names[0]] == panels["itc"][names[1]] == [(10, 4), (20, 2), (30, 40 / 30)]
-    drawing.curves([path], only=["lr"])
+    assert list(panels) == ["itc", "accuracy, split val"] and names == ["one", "two"]
+    assert panels["itc"] == {"one": [(10, 4), (20, 2), (30, 40 / 30)], "two": [(10, 3), (20, 1.5), (30, 40 / 30)]}
+    drawing.curves({"one": [path]}, only=["lr"])
     assert len(drawn) == 1  # it never changes
     for damaged in ("5\n", '{"itc": 1}\n', "{\n"):
         path.write_text(damaged)
-        refused(drawing.curves, [path])
+        refused(drawing.curves, {"one": [path]})
 
 
 def test_a_curve_is_drawn_where_it_belongs():
