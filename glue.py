@@ -9,6 +9,7 @@ Shape letters: b local batch, T text tokens, D dim, C classes.
 
 import csv
 import itertools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -69,9 +70,11 @@ class GLUE(Task):
     """A linear layer on [T_CLS] of one text, or of two with a [SEP] in between."""
 
     unit = "texts"
+    submitted = "TSV for GLUE's server"
     folder = ""  # of the task in the folder of --data
     columns = ["sentence1", "sentence2"]  # of the texts
     label = "label"  # the column of the answer
+    header = None  # the columns of train and val, where their first line does not name them
     labels = ["0", "1"]  # the classes; [] for a task that predicts a number
     metrics = {"accuracy": accuracy}
     files = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
@@ -83,10 +86,6 @@ class GLUE(Task):
     @staticmethod
     def flags(parser, base):
         task_flags(parser, base, images=None)
-
-    @staticmethod
-    def evaluation_flags(parser):
-        parser.add_argument("--predictions", metavar="FILE", help="TSV for GLUE's server")
 
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
@@ -111,7 +110,7 @@ class GLUE(Task):
         """batch: text, mask (b, T); target (b,)."""
         logits = self.predict(batch)
         if self.labels:
-            return {"loss": losses.class_loss(logits, batch["target"])}
+            return {"loss": F.cross_entropy(logits, batch["target"])}
         return {"loss": F.mse_loss(logits[:, 0].float(), batch["target"])}
 
     def predict(self, batch):
@@ -163,20 +162,19 @@ class GLUE(Task):
     def samples_of(cls, path, split):
         """Records of a file. Lines without all columns are left out, as usual (QQP has a few), but of
         test, whose lines are numbered."""
-        lines = read_text(path).removeprefix("\ufeff").split("\n")  # MRPC begins with that sign
-        for row in csv.DictReader(lines, cls.header(split), delimiter="\t", quoting=csv.QUOTE_NONE):
-            sentences = [row.get(column) or "" for column in cls.columns]
-            label = row.get(cls.label)
-            has_label = label in cls.labels if cls.labels else bool(label)
-            if split.startswith("test"):
-                yield Sample(sentences, None)
-            elif all(sentences) and has_label:
-                yield Sample(sentences, label)
-
-    @classmethod
-    def header(cls, split):
-        """Names of the columns; None: they are in the first line."""
-        return None
+        header = None if split.startswith("test") else cls.header
+        rows = csv.DictReader(read_text(path).split("\n"), header, delimiter="\t", quoting=csv.QUOTE_NONE)
+        try:
+            for row in rows:
+                sentences = [row.get(column) or "" for column in cls.columns]
+                label = row.get(cls.label)
+                has_label = label in cls.labels if cls.labels else label and math.isfinite(float(label))
+                if split.startswith("test"):
+                    yield Sample(sentences, None)
+                elif all(sentences) and has_label:
+                    yield Sample(sentences, label)
+        except (csv.Error, ValueError) as error:
+            raise UserError(f"{path}, line {rows.line_num}: {error}") from None
 
 
 class CoLA(GLUE):
@@ -186,10 +184,7 @@ class CoLA(GLUE):
     columns = ["sentence"]
     best = "matthews"
     metrics = {"matthews": pearson, "accuracy": accuracy}
-
-    @classmethod
-    def header(cls, split):
-        return None if split == "test" else ["source", "label", "mark", "sentence"]
+    header = ["source", "label", "mark", "sentence"]
 
 
 class SST2(GLUE):

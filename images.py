@@ -42,7 +42,8 @@ def read_image(path, view=None, at=None):
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} × {image.height} pixels are too many")
             if view:
-                enough = view * ENLARGED / smallest_crop(*image.size)
+                shortest = min(*image.size, math.sqrt(AREA * image.width * image.height / ASPECT))  # of a crop
+                enough = view * ENLARGED / shortest
                 image.draft(None, (math.ceil(enough * image.width), math.ceil(enough * image.height)))
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -115,11 +116,6 @@ def crop_box(width, height, rng):
             x, y = rng.randint(0, width - w), rng.randint(0, height - h)
             return x, y, x + w, y + h
     return None
-
-
-def smallest_crop(width, height):
-    """The shortest side that a crop can have."""
-    return min(width, height, math.sqrt(AREA * width * height / ASPECT))
 
 
 def affine(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):

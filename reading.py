@@ -15,8 +15,9 @@ from runtime import UserError
 
 
 def read_text(path):
+    """A text file without its byte-order mark."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -95,14 +96,17 @@ def official_records(path, name):
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = LargeJSON(file)
-            for key in text.keys():
+            for _ in text.elements("{", "}"):
+                key = text.value()
+                text.take(":")
                 if key != name:
                     text.value()
                     continue
                 where, found = f"{path}, {name} 0", True
-                for number, entry in enumerate(text.entries(), start=1):
-                    yield where, entry
+                for number, _ in enumerate(text.elements("[", "]"), start=1):
+                    yield where, text.value()
                     where = f"{path}, {name} {number}"
+            text.take("")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:
@@ -158,26 +162,14 @@ class LargeJSON:
                     self.at = end
                     return value
 
-    def keys(self):
-        """The keys of the object that the whole text is. The value of each must be read before the
-        next."""
-        self.take("{")
-        while self.peek() != "}":
-            key = self.value()
-            self.take(":")
-            yield key
-            if self.peek() != "}":
+    def elements(self, first, last):
+        """Yields before each element between two brackets, which must be read before the next."""
+        self.take(first)
+        while self.peek() != last:
+            yield
+            if self.peek() != last:
                 self.take(",")
-        self.take("}")
-        self.take("")
-
-    def entries(self):
-        self.take("[")
-        while self.peek() != "]":
-            yield self.value()
-            if self.peek() != "]":
-                self.take(",")
-        self.take("]")
+        self.take(last)
 
 
 # ---- Folders -------------------------------------------------------------------------------------

@@ -4,17 +4,15 @@ process holds the text: a record is read when it is asked for.
 """
 
 import functools
-import itertools
 import json
 import os
+import sys
 
 import numpy as np
 
 import runtime
 from data import Corpus, Picture
 from images import read_image
-
-AT_ONCE = 10_000  # how many records are held while they are written
 
 
 class Records:
@@ -62,31 +60,19 @@ class Records:
 
 def write_records(records, folder):
     """Writes the files that open_records opens."""
-    encode = json.JSONEncoder().encode
-    records = iter(records)
+    encode, line_end, text_end = json.JSONEncoder().encode, 0, 0
     with (
         open(folder / "lines", "wb") as lines,
         open(folder / "line_ends", "wb") as line_ends,
         open(folder / "text_ends", "wb") as text_ends,
     ):
-        line_end = append_ends(line_ends, 0, [0])
-        text_end = append_ends(text_ends, 0, [0])
-        while some := list(itertools.islice(records, AT_ONCE)):
-            encoded = [encode(record).encode() for record in some]
-            lines.writelines(encoded)
-            line_end = append_ends(line_ends, line_end, list(map(len, encoded)))
-            text_end = append_ends(text_ends, text_end, list(map(count_texts, some)))
-
-
-def append_ends(file, end, sizes):
-    """Appends to a file of int64 where things of these sizes end that begin at `end` → the last."""
-    ends = end + np.cumsum(sizes, dtype=np.int64)
-    ends.tofile(file)
-    return ends[-1]
-
-
-def count_texts(record):
-    return len(record.captions) if isinstance(record, Picture) else 1
+        line_ends.write(bytes(8))
+        text_ends.write(bytes(8))
+        for record in records:
+            line_end += lines.write(encode(record).encode())
+            text_end += len(record.captions) if isinstance(record, Picture) else 1
+            line_ends.write(line_end.to_bytes(8, sys.byteorder))
+            text_ends.write(text_end.to_bytes(8, sys.byteorder))
 
 
 def open_records(folder):

@@ -56,6 +56,7 @@ class World:
 
     by_text = True  # in retrieval, a caption is right for every picture that has it
     drawn = True
+    per_scene = 1  # samples
 
     def __init__(self, split, image_size, count=None, scarce=False):
         """image_size in pixels. scarce: colors and shapes come as often as in scarce pairs. Absent for a
@@ -75,7 +76,7 @@ class World:
         return cls(split, image_size, count if scarce else None, scarce) if count else None
 
     def __len__(self):
-        return self.count
+        return self.per_scene * self.count
 
     def __getitem__(self, i):
         captions = describe(self.scene(i))
@@ -128,10 +129,6 @@ class World:
         while holds(*scenes) != label:
             scenes[rng.randrange(2)] = make_scene(self.split, rng, self.things)
         return tuple(draw_scene(scene, self.image_size, rng) for scene in scenes)
-
-    def kind(self, i):
-        """The class of scene i: color and shape of its first thing, from the left or the top."""
-        return Trait(self.scene(i)["things"][0], "color", "shape").text
 
 
 # ---- Scenes and captions -------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def read_shards(paths, split=None, captions=False):
     in a shard of 10,000 samples."""
     if not paths:
         return
-    read = functools.partial(list_shard, split=split, captions=captions)
+    read = functools.partial(read_shard, split=split, captions=captions)
     cores = runtime.cores()
     quiet = signal.SIGINT, signal.SIG_IGN  # Ctrl-C ends this process, and with it the others
     with ProcessPoolExecutor(min(cores, len(paths)), None, signal.signal, quiet) as pool:
@@ -31,32 +31,29 @@ def read_shards(paths, split=None, captions=False):
                 yield from found
 
 
-def list_shard(path, split, captions):
-    return list(read_shard(path, split, captions))
-
-
 def read_shard(path, split=None, captions=False):
     """The pictures of a shard's samples. split: only of those that a hash of their key gives to it.
     captions: only of those that have one. Samples that are left out are counted on stderr.
 
     UserError for a shard that is cut off or damaged.
     """
-    count, left_out = 0, []
+    found, count, left_out = [], 0, []
     with open_file(path) as file:
         for key, group in itertools.groupby(members(path, file), sample_key):
             if split and split_by_hash(key) != split:
                 continue
-            sample = {ending(member): member for member in group}
+            sample = {member.name[len(key) :].lower(): member for member in group}
             image = next((member for end, member in sample.items() if end in IMAGES), None)
             texts = sample_captions(path, file, sample)
             count += 1
             if image and (texts or not captions):
                 name = f"{path}/{image.name}"
-                yield Picture(name, texts, name, (path, image.offset_data, image.size))
+                found.append(Picture(name, texts, name, (path, image.offset_data, image.size)))
             else:
                 left_out.append(key)
     needed = "an image and a caption" if captions else "an image"
     print_left_out(path, len(left_out), count, left_out[:3], needed)
+    return found
 
 
 def sample_key(member):
@@ -65,35 +62,22 @@ def sample_key(member):
     return folder + slash + name.partition(".")[0]
 
 
-def ending(member):
-    """What follows the key, in small letters."""
-    return member.name[len(sample_key(member)) :].lower()
-
-
 def sample_captions(path, file, sample):
     """sample: {ending: member}."""
+    member = sample.get(".txt") or sample.get(".json")
+    if not member:
+        return []
+    file.seek(member.offset_data)
+    where, content = f"{path}, member {member.name}", file.read(member.size)
     if ".txt" in sample:
-        member = sample[".txt"]
-        where = f"{path}, member {member.name}"
         try:
-            lines = read_member(file, member).decode().split("\n")
+            lines = content.decode().split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: no UTF-8 text: {error}") from None
-        texts = list(filter(None, map(str.strip, lines)))
-    elif ".json" in sample:
-        member = sample[".json"]
-        where = f"{path}, member {member.name}"
-        entry = parse_json(read_member(file, member), where)
-        caption = entry.get("caption") if isinstance(entry, dict) else None
-        texts = [caption] if caption else []
-    else:
-        texts = []
-    return checked_captions(texts, where) if texts else []
-
-
-def read_member(file, member):
-    file.seek(member.offset_data)
-    return file.read(member.size)
+        return list(filter(None, map(str.strip, lines)))
+    entry = parse_json(content, where)
+    caption = entry.get("caption") if isinstance(entry, dict) else None
+    return checked_captions([caption], where) if caption else []
 
 
 # ---- Members -------------------------------------------------------------------------------------
@@ -111,14 +95,19 @@ def open_file(path):
 
 
 def members(path, file):
-    """The regular files in a shard, each a TarInfo: its name, offset_data and size."""
+    """The regular files in a shard, each a TarInfo: its name, offset_data and size. UserError for a
+    member that is not a whole regular file, or a folder, below the shard."""
     length, last = os.fstat(file.fileno()).st_size, "its start"
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while member := tar.next():
                 tar.members.clear()  # it would keep all of them
-                check_member(path, member, length)
-                last = member.name
+                where, last = f"{path}, member {member.name}", member.name
+                path_below(path, member.name, where)
+                if member.issparse() or not (member.isreg() or member.isdir()):
+                    raise UserError(f"{where} is no regular file")
+                if member.offset_data + member.size > length:
+                    raise UserError(f"{where} is cut off: the shard is not whole")
                 if member.isreg():
                     yield member
             file.seek(tar.offset)
@@ -126,13 +115,3 @@ def members(path, file):
                 raise UserError(f"{path} is cut off or damaged after {last}")
     except DAMAGED as error:
         raise UserError(f"{path} is damaged after {last}: {error}") from None
-
-
-def check_member(path, member, length):
-    """UserError for a member that is not a whole regular file, or a folder, below the shard."""
-    where = f"{path}, member {member.name}"
-    path_below(path, member.name, where)
-    if member.issparse() or not (member.isreg() or member.isdir()):
-        raise UserError(f"{where} is no regular file")
-    if member.offset_data + member.size > length:
-        raise UserError(f"{where} is cut off: the shard is not whole")

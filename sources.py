@@ -25,7 +25,7 @@ import reading
 import shapes
 from data import SPLITS, Absent, Picture, split_by_hash
 from reading import IMAGES, checked_captions, files_below, path_below
-from records import AT_ONCE, Records
+from records import Records
 from runtime import UserError
 from shards import read_shards
 
@@ -66,16 +66,11 @@ def pictures(paths, split, image_size, captions=False, excluded=()):
     """
     if world := shapes.World.read(paths, split, image_size):
         return world
-    parts, by_text = [], True
     for folder in paths:
         check_folder(folder)
-        part = folder_pictures(folder, split, captions)
-        if split == "train":
-            part = at_least_one(part, absent([folder], split, captions))
-        parts.append(part)
-        file = captions_file(folder, split)
-        by_text = by_text and not (file and file.suffix == ".json")  # as usual for Karpathy's splits
-    records = itertools.chain.from_iterable(parts)
+    files = [captions_file(folder, split) for folder in paths]
+    by_text = not any(file and file.suffix == ".json" for file in files)  # as usual for Karpathy's splits
+    records = all_pictures(paths, split, captions)
     if excluded and split == "train":
         records = without(records, excluded)
     source = Records(Picture, records, by_text)
@@ -101,13 +96,14 @@ def folder_pictures(folder, split, captions):
             yield Picture(path, [], path)
 
 
-def at_least_one(records, error):
-    """The records; raises the error if there are none."""
-    count = 0
-    for count, record in enumerate(records, start=1):
-        yield record
-    if not count:
-        raise error
+def all_pictures(paths, split, captions):
+    """The pictures of a split in folders; of training, each must have some."""
+    for folder in paths:
+        count = 0
+        for count, picture in enumerate(folder_pictures(folder, split, captions), start=1):
+            yield picture
+        if split == "train" and not count:
+            raise absent([folder], split, captions)
 
 
 def without(records, names):
@@ -164,6 +160,7 @@ def check_folder(folder):
 # ---- Missing images ------------------------------------------------------------------------------
 
 MANY = 10_000  # missing images that are enough to stop
+AT_ONCE = 10_000  # records whose images are looked for together
 
 
 def refuse_missing(records, split):

@@ -2,12 +2,9 @@
 
 import os
 import tempfile
-from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader
 
 import data
 import losses
@@ -57,17 +54,6 @@ def fail_on_another_node(folder):
 
 def test_an_error_on_one_node_ends_the_run_on_all(processes, tmp_path):
     processes(2, fail_on_another_node, str(tmp_path))
-
-
-def test_workers_read_the_same_files(tmp_path):
-    for i in range(12):
-        Image.new("RGB", (8, 8), (20 * i,) * 3).save(tmp_path / f"{i}.png")
-    paths = [str(tmp_path / f"{i}.png") for i in range(12)]
-    source = Records(data.Picture, [data.Picture(path, [], path) for path in paths])
-    args = SimpleNamespace(seed=0, augment="none", no_flip=True)
-    loader = DataLoader(data.Images(source, 8, args), 1, sampler=[(0, i) for i in range(12)], num_workers=2)
-    colors = [int(batch["image"][0, 0, 0, 0]) for batch in loader]
-    assert colors == [20 * i for i in range(12)]
 
 
 def test_a_corpus_is_about_a_million_texts(monkeypatch):

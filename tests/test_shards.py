@@ -67,11 +67,11 @@ def test_samples_without_image_or_caption_are_counted_once(tmp_path, capsys):
     members = {"a.txt": b"a", "b.png": png(1), "c.png": png(2), "c.txt": b"\n", "d.json": b"{}"}
     members |= {"e.png": png(3), "e.json": b'{"caption": null}', "f.png": png(4), "f.txt": b"f"}
     write_shard(tmp_path / "0.tar", members)
-    found = list(shards.read_shard(str(tmp_path / "0.tar"), captions=True))
+    found = shards.read_shard(str(tmp_path / "0.tar"), captions=True)
     assert [record.captions for record in found] == [["f"]]
     [line] = capsys.readouterr().err.splitlines()
     assert "0.tar: 5 of 6 samples" in line
-    assert len(list(shards.read_shard(str(tmp_path / "0.tar")))) == 4
+    assert len(shards.read_shard(str(tmp_path / "0.tar"))) == 4
 
 
 def test_a_shard_that_is_cut_is_refused_wherever_it_is_cut(tmp_path):
@@ -81,9 +81,9 @@ def test_a_shard_that_is_cut_is_refused_wherever_it_is_cut(tmp_path):
     ends = -(-len(whole) // 512) * 512  # of the last member
     for end in range(0, ends + 512, 64):
         path.write_bytes(whole.ljust(end, b"\0")[:end])
-        refused(list, shards.read_shard(str(path)), says="0.tar")
+        refused(shards.read_shard, str(path), says="0.tar")
     path.write_bytes(whole.ljust(ends + 512, b"\0"))
-    assert len(list(shards.read_shard(str(path)))) == 2
+    assert len(shards.read_shard(str(path))) == 2
 
 
 def link(kind):
@@ -100,7 +100,7 @@ WRONG += [{"a.png": b"", "a.json": content} for content in (b"{", b'{"caption": 
 @pytest.mark.parametrize("members", [*WRONG, {"a.png": b"", "a.txt": b"\xff"}])
 def test_a_member_that_is_wrong_is_refused(tmp_path, members):
     write_shard(tmp_path / "0.tar", samples(1) | members)
-    refused(list, shards.read_shard(str(tmp_path / "0.tar")), says="0.tar, member")
+    refused(shards.read_shard, str(tmp_path / "0.tar"), says="0.tar, member")
 
 
 def test_a_broken_image_in_a_shard_is_unreadable_and_named(tmp_path):
