@@ -23,23 +23,17 @@ import drawing
 import losses
 import sources
 from runtime import UserError, at_least, seed_all
-from stage import Stage, config_flags, over_processes
+from stage import Stage, config_flags
 
 CELL = 8  # pixels on a side that one code stands for, as in DALL-E: images are scaled to 8G × 8G first
-HOT, COLD = 1.0, 1 / 16  # the relaxation's temperature at the start and at the end of training (DALL-E's)
+COLD = 1 / 16  # the relaxation's temperature falls from 1 to this, geometrically (DALL-E's)
 
 
 @dataclass(frozen=True)
 class DVAEConfig:
-    """Raises ValueError for a codebook or grid that is none."""
-
     grid: int  # G: as many cells as the image has patches
     codes: int = 8192  # K; DALL-E's number
     width: int = 256  # C
-
-    def __post_init__(self):
-        if self.grid < 1 or self.codes < 2 or self.width < 1:
-            raise ValueError(f"a dVAE needs a grid of at least 1, 2 codes and 1 channel: {self}")
 
 
 class Residual(nn.Sequential):
@@ -100,12 +94,6 @@ class Tokenizer(nn.Module):
         return self.decoder(x.transpose(1, 2).unflatten(2, (self.config.grid, -1)))  # (B, N, C) → (B, 3, 8G, 8G)
 
 
-def temperature(progress):
-    """Of the relaxation, falling geometrically. progress 0 … 1: the share of training that is
-    done."""
-    return HOT * (COLD / HOT) ** progress
-
-
 def dvae_losses(pixels, reconstruction, logits):
     """The two sides of the evidence bound, as one process's part of means over all (losses.py).
 
@@ -161,8 +149,8 @@ class DVAE(Stage):
 
     def forward(self, batch):
         """batch: image (b, 3, S, S)."""
-        progress = self.step / self.steps
-        pixels, reconstruction, logits = self.model(batch["image"], temperature(progress))
+        temperature = COLD ** (self.step / self.steps)
+        pixels, reconstruction, logits = self.model(batch["image"], temperature)
         out = dvae_losses(pixels, reconstruction, logits)
         used = logits.new_zeros(1, logits.shape[-1]).index_fill(1, logits.argmax(-1).flatten(), 1)  # (1, K)
         out["codes"] = losses.gather(used).amax(0).sum().float()  # used in this batch
@@ -180,7 +168,7 @@ class DVAE(Stage):
             codes = self.model.encode(image)
             used += torch.bincount(codes.flatten(), minlength=len(used))
             error += (self.model.decode(codes) - self.model.pixels(image)).square().mean((1, 2, 3)).sum()
-        error, *used = over_processes(torch.cat([error, used]))
+        error, *used = losses.over_processes(torch.cat([error, used]))
         serving, perplexity = codebook_use(torch.tensor(used))
         return {"codes": serving, "perplexity": perplexity, "error": error / min(len(source), 10_000)}
 

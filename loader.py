@@ -76,6 +76,8 @@ def with_counts(parts):
 
     masked_at, hidden_at (M,) int64
         where its labels (b, T) are not −100, and where hidden (b, N) is True, as flat indices.
+    masked_labels (M,) int64
+        the labels there.
     masked_count, hidden_count
         how many such places a part has on average, so that each part's share is of the step's mean.
     visible (fewest, most)
@@ -90,6 +92,7 @@ def with_counts(parts):
         if "labels" in part:
             predicted = part["labels"] != IGNORE
             part["masked_at"] = predicted.flatten().nonzero()[:, 0]
+            part["masked_labels"] = part["labels"][predicted]
             seen = (part["mask"] & ~predicted).sum(1)
             part["visible"] = int(seen.min()), int(seen.max())
         if "hidden" in part:

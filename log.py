@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import losses
+from reading import read_text
 from runtime import UserError, write
 
 
@@ -64,8 +66,9 @@ class Log:
         size = nn.utils.get_total_norm([p.detach() for p in self.stage.parameters() if p.requires_grad])
         others = [size.float(), self.skipped, means[0].new_tensor(self.loader.unreadable)]
         others.append(means[0].new_tensor(self.loader.waited - self.waited))
+        shares = torch.stack([*means, *others]).double() / self.run.world
         # The only wait for the device
-        *means, size, skipped, unreadable, waited = self.run.mean(torch.stack([*means, *others]))
+        *means, size, skipped, unreadable, waited = losses.over_processes(shares)
         values, steps = dict(zip(self.sums, means)), step - self.step
         if skipped:
             values["gradient norm"] *= steps / max(steps - skipped, 1)
@@ -121,11 +124,7 @@ class Log:
 def read_metrics(path):
     """The lines of a metrics.jsonl: [(line, entry), …]."""
     found = []
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    for line in text.splitlines(keepends=True):
+    for line in read_text(path).splitlines(keepends=True):
         if not line.endswith("\n"):
             break  # a killed run may leave half a line
         try:

@@ -54,12 +54,15 @@ def gather(x):
 def global_mean(total, count):
     """W · total / (count over all processes): the mean of a loss with unequal counts, as above; of
     nothing 0. count: a number or a tensor; of a step in parts, the mean of theirs."""
-    if not isinstance(count, torch.Tensor):
-        count = total.new_full((), count)
-    count = count.to(total.dtype, copy=True)
+    count = total.new_ones(()) * count  # without a wait of the host
     if world() > 1:
         dist.all_reduce(count)
     return world() * total / count.clamp(min=1e-6)
+
+
+def over_processes(sums):
+    """Sums (n,) of this process → those of all processes, as numbers."""
+    return gather(sums[None]).sum(0).tolist()
 
 
 def pad_alike(*texts):
@@ -177,39 +180,25 @@ def draw_negatives(scores, candidate):
     return drawn, p.gather(1, drawn[:, None])[:, 0], found
 
 
-def itm_loss(logits, matched, found, count=None):
+def itm_loss(logits, matched, found, count):
     """Cross-entropy of matched or not, mean over the pairs that were found.
 
     logits (n, 2), class 1 = matched; matched (n,) bool; found (n,) bool, False = weight zero. count: how
-    many were found, as in global_mean; None: as many as here.
+    many were found, as in global_mean.
     """
     loss = F.cross_entropy(logits, matched.long(), reduction="none")  # (n,)
-    return global_mean((loss * found).sum(), found.sum() if count is None else count)
+    return global_mean((loss * found).sum(), count)
 
 
 # ---- Masked language and image modeling ----------------------------------------------------------
 
 
-def masked_token_loss(logits, labels, count=None):
+def masked_token_loss(logits, labels, count):
     """MLM over words, MIM over visual tokens: cross-entropy, mean over masked tokens (Sections 3.3,
     3.4).
 
     logits (M, V), labels (M,) int64; M may differ between processes and be 0. count: M, as in
-    global_mean; None: as many as here.
+    global_mean.
     """
     total = F.cross_entropy(logits, labels, reduction="sum")
-    return global_mean(total, len(labels) if count is None else count)
-
-
-# ---- Fine-tuning ---------------------------------------------------------------------------------
-
-
-def answer_loss(logits, scores):
-    """VQA: binary cross-entropy against soft scores, summed over the A answers, mean over
-    questions. Both (b, A)."""
-    return F.binary_cross_entropy_with_logits(logits, scores, reduction="none").sum(1).mean()
-
-
-def class_loss(logits, labels):
-    """NLVR2 and image classification: cross-entropy. logits (b, C), labels (b,) int64."""
-    return F.cross_entropy(logits, labels)
+    return global_mean(total, count)

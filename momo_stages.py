@@ -19,7 +19,7 @@ import texts
 from loader import to_device, with_counts
 from momo import DECODERS, RATIO, Decoder, HiddenWords, hide_patches, mim_loss, patch_values, reconstruct
 from runtime import UserError
-from stage import FIELDS, Stage, config_flags, masked_words, over_processes, weight_flag
+from stage import FIELDS, Stage, config_flags, masked_words, weight_flag
 from stages import VL
 
 
@@ -28,6 +28,7 @@ class MoMo:
     encoder, decoders, and the losses of one modality."""
 
     betas, weight_decay, decay = (0.9, 0.95), 0.05, "cosine"
+    pictures = texts = {}  # {split: what its hidden patches and hidden words are measured on}
 
     @staticmethod
     def architecture(base):
@@ -68,11 +69,21 @@ class MoMo:
 
     def mlm(self, batch):
         """Eq. (2)."""
-        return losses.masked_token_loss(self.predict(batch), masked_labels(batch), batch["masked_count"])
+        return losses.masked_token_loss(self.predict(batch), batch["masked_labels"], batch["masked_count"])
 
     def predict(self, batch):
         """→ logits (M, V) of the hidden tokens of a text."""
         return reconstruct(self.model, self.decoder("text"), batch)[1]
+
+    def measure(self, split, device):
+        """Hidden patches of pictures and hidden words of texts, where the split has them."""
+        self.eval()
+        results = {}
+        if split in self.pictures:
+            results |= masked_pixels(self, self.pictures[split], device)
+        if split in self.texts:
+            results |= masked_words(self.predict, self.texts[split], self.texts["train"], device)
+        return results
 
 
 NOT_HERE = ("experts", "vl_layers", "attention", "position", "text_reach")
@@ -128,7 +139,7 @@ class MoMoImage(MoMo, Stage):
     def __init__(self, args, config, start, run):
         super().__init__()
         self.loss_weights = {"mim": 1.0}
-        self.sources = sources.read_pictures(args, config.image_size)
+        self.sources = self.pictures = sources.read_pictures(args, config.image_size)
         self.tokenizer = start.tokenizer if start else None
         self.set_up(args, config, start, ["image"])
         self.samples = [image_samples(self.sources, args, config)]
@@ -136,9 +147,6 @@ class MoMoImage(MoMo, Stage):
     def forward(self, images):
         """images: image (b, 3, S, S), hidden (b, N) bool, and what loader.with_counts adds."""
         return {"mim": self.mim(images)}
-
-    def measure(self, split, device):
-        return masked_pixels(self, self.sources[split], device)
 
 
 class MoMoText(MoMo, Stage):
@@ -151,9 +159,7 @@ class MoMoText(MoMo, Stage):
         "base": dict(batch_size=4096, steps=161_000, warmup=16_100, lr=5e-5, max_text_len=196),
     }
 
-    @staticmethod
-    def flags(parser, base):
-        momo_flags(parser, base)
+    flags = staticmethod(momo_flags)
 
     def __init__(self, args, config, start, run):
         super().__init__()
@@ -181,10 +187,6 @@ class MoMoText(MoMo, Stage):
         if images and self.trains(1):
             out["mim"] = self.mim(images)
         return out
-
-    def measure(self, split, device):
-        results = masked_pixels(self, self.pictures[split], device) if self.pictures else {}
-        return results | measure_texts(self, split, device)
 
 
 class MoMoVL(MoMo, VL):
@@ -216,8 +218,10 @@ class MoMoVL(MoMo, VL):
             weights["mlm"] = 1.0
         self.loss_weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.sources = sources.read_pictures(args, config.image_size, captions=True)
-        self.documents = [] if args.no_simultaneous else args.texts
-        self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
+        corpus = self.corpus
+        if not args.no_simultaneous:
+            corpus = functools.partial(data.Corpus, corpus, functools.partial(texts.corpus, args.texts))
+        self.words, config = texts.vocabulary(args, config, start, run, corpus)
         self.tokenizer = self.words.tokenizer
         self.set_up(args, config, start, modalities)
         words = HiddenWords(self.tokenizer, config.max_text_len, RATIO["pair"])
@@ -226,11 +230,6 @@ class MoMoVL(MoMo, VL):
         self.texts = {} if args.no_simultaneous else hidden_texts(args, words)
         if self.texts:
             self.samples.append(self.texts["train"])
-
-    def corpus(self):
-        if not self.documents:
-            return super().corpus()
-        return data.Corpus(super().corpus, functools.partial(texts.corpus, self.documents))
 
     def forward(self, pairs, texts=None):
         """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T); and what
@@ -242,7 +241,7 @@ class MoMoVL(MoMo, VL):
             # Eq. (3) is the sum of these two
             pixels, logits = reconstruct(self.model, self.decoder("pair"), pairs)
             out["cmm mim"] = mim_loss(pixels, self.targets(pairs), pairs["hidden_count"])
-            out["cmm mlm"] = losses.masked_token_loss(logits, masked_labels(pairs), pairs["masked_count"])
+            out["cmm mlm"] = losses.masked_token_loss(logits, pairs["masked_labels"], pairs["masked_count"])
         if texts and self.trains(1):
             out["mlm"] = self.mlm(texts)
         return out
@@ -251,7 +250,7 @@ class MoMoVL(MoMo, VL):
         return super().look_ahead(parts) if self.trains(0) else parts
 
     def measure(self, split, device):
-        return super().measure(split, device) | measure_texts(self, split, device)
+        return VL.measure(self, split, device) | super().measure(split, device)
 
 
 class MoMoAll(MoMoVL):
@@ -283,12 +282,6 @@ class MoMoAll(MoMoVL):
             out["mim"] = self.mim(images)
         return out
 
-    def measure(self, split, device):
-        results = super().measure(split, device)
-        if split in self.pictures:
-            results |= masked_pixels(self, self.pictures[split], device)
-        return results
-
 
 def hiding(modality, config):
     """(rng) → which patches are hidden."""
@@ -302,21 +295,8 @@ def hidden_texts(args, words):
     return texts.packed(args.texts, hidden, args.seed)
 
 
-def masked_labels(batch):
-    """→ (M,), of the hidden tokens."""
-    return batch["labels"].flatten()[batch["masked_at"]]
-
-
 def image_samples(pictures, args, config):
     return data.Images(pictures["train"], config.image_size, args, hide=hiding("image", config))
-
-
-def measure_texts(stage, split, device):
-    """Hidden words of the texts of a split, if there are any."""
-    if split not in stage.texts:
-        return {}
-    stage.eval()
-    return masked_words(stage.predict, stage.texts[split], stage.texts["train"], device)
 
 
 @torch.no_grad()
@@ -338,5 +318,5 @@ def masked_pixels(stage, source, device):
         pixels, _ = reconstruct(stage.model, stage.decoder("image"), batch)
         errors = [(one - wanted).float().square().mean(1).sum() for one in (pixels, guess)]
         found += torch.stack([*errors, errors[0].new_tensor(len(wanted))])
-    error, guess, count = over_processes(found)
+    error, guess, count = losses.over_processes(found)
     return {"error": error / count, "mean patch's error": guess / count, "masked patches": round(count)}

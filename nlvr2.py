@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import checkpoint
-import losses
 import shapes
 import texts
 from data import Absent, Examples
@@ -33,13 +33,8 @@ class NLVR2(Task):
     recipe["base_plus"] = recipe["base"] | dict(lr=3e-5, drop_path=0.2)
     recipe["large"] = recipe["base"] | dict(lr=3e-5, drop_path=0.15)
 
-    @staticmethod
-    def flags(parser, base):
-        task_flags(parser, base)
-
-    @staticmethod
-    def evaluation_flags(parser):
-        parser.add_argument("--predictions", metavar="FILE", help="CSV for NLVR2's metrics.py")
+    flags = staticmethod(task_flags)
+    submitted = "CSV for NLVR2's metrics.py"
 
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
@@ -60,7 +55,7 @@ class NLVR2(Task):
 
     def forward(self, batch):
         """batch: image (b, 2, 3, S, S); text, mask (b, T); target (b,), 1 = true."""
-        return {"loss": losses.class_loss(self.predict(batch), batch["target"])}
+        return {"loss": F.cross_entropy(self.predict(batch), batch["target"])}
 
     def predict(self, batch):
         """→ logits (b, 2), class 1 = true."""
@@ -99,8 +94,7 @@ class WorldStatements(shapes.World):
     """Statements on two scenes of the built-in world: each comes with four pairs of images, and is
     true of two of them."""
 
-    def __len__(self):
-        return shapes.TIMES * self.count
+    per_scene = shapes.TIMES
 
     def __getitem__(self, i):
         text, _, label = self.statement(i)

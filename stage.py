@@ -138,6 +138,7 @@ class Task(Stage):
     """
 
     best = "accuracy"
+    submitted = ""  # what evaluate.py --predictions writes
     words = None  # of tasks with texts
 
     def __init__(self, args, start):
@@ -169,9 +170,10 @@ class Task(Stage):
         if self.trained:
             checkpoint.load_exactly(head, self.trained.head, self.trained.path)
 
-    @staticmethod
-    def evaluation_flags(parser):
+    @classmethod
+    def evaluation_flags(cls, parser):
         """Adds the flags that only this task has in evaluate.py."""
+        parser.add_argument("--predictions", metavar="FILE", help=cls.submitted)
 
     @staticmethod
     def check(start, args):
@@ -239,11 +241,6 @@ def task_flags(parser, base, images="randaugment", text=True):
 # ---- What measures share -------------------------------------------------------------------------
 
 
-def over_processes(sums):
-    """Sums (n,) of this process → those of all processes, as numbers."""
-    return losses.gather(sums[None]).sum(0).tolist()
-
-
 def percent(part, count):
     return 100 * part / max(count, 1)
 
@@ -267,11 +264,11 @@ def masked_words(predict, packed, training, device):
         samples = [packed[0, i] for i in numbers]
         batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
         batch = to_device(with_counts([batch])[0], device)
-        logits, labels = predict(batch).float(), batch["labels"].flatten()[batch["masked_at"]]  # (M, V), (M,)
+        logits, labels = predict(batch).float(), batch["masked_labels"]  # (M, V), (M,)
         right, loss = (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
         plain_right, plain_loss = (labels == seen.argmax()).sum(), -unigram[labels].sum()
         found += torch.stack([right.new_tensor(len(labels)), right, loss, plain_right, plain_loss])
-    masked, right, loss, plain_right, plain_loss = over_processes(found)
+    masked, right, loss, plain_right, plain_loss = losses.over_processes(found)
     return {
         "accuracy": percent(right, masked),
         "perplexity": perplexity(loss, masked),

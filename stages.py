@@ -22,7 +22,7 @@ from loader import to_device, with_counts
 from mome import MIMHead
 from retrieval import retrieval, retrieval_sheet
 from runtime import UserError, seed_all
-from stage import Stage, config_flags, masked_words, over_processes, percent, perplexity, weight_flag
+from stage import Stage, config_flags, masked_words, percent, perplexity, weight_flag
 
 # ---- Stage image ---------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Image(Stage):
             count, near = right.new_tensor(len(labels)), (nearest == labels).sum()
             found += torch.stack([count, right, near, loss])
             used += torch.bincount(labels, minlength=len(used))
-        masked, right, nearest, loss, *used = over_processes(torch.cat([found, used]))
+        masked, right, nearest, loss, *used = losses.over_processes(torch.cat([found, used]))
         return {
             "accuracy": percent(right, masked),
             "perplexity": perplexity(loss, masked),
@@ -171,8 +171,8 @@ class Text(Stage):
 
     def forward(self, batch):
         """batch: masked, labels (b, T) int64, mask (b, T) bool, and what loader.with_counts adds."""
-        labels = batch["labels"].flatten()[batch["masked_at"]]  # (M,)
-        return {"mlm": losses.masked_token_loss(self.predict(batch), labels, batch["masked_count"])}
+        logits = self.predict(batch)
+        return {"mlm": losses.masked_token_loss(logits, batch["masked_labels"], batch["masked_count"])}
 
     def predict(self, batch):
         """→ logits (M, V) of the masked tokens."""
@@ -282,9 +282,8 @@ class VL(Stage):
 
         # Masked language modeling on the first b pairs, image-text matching on the last 3b
         if "mlm" in wanted:
-            at = batch["masked_at"]  # (M,)
-            logits = self.model.mlm_head(states[:b, :T].flatten(0, 1)[at])  # (M, V)
-            out["mlm"] = losses.masked_token_loss(logits, batch["labels"].flatten()[at], batch["masked_count"])
+            logits = self.model.mlm_head(states[:b, :T].flatten(0, 1)[batch["masked_at"]])  # (M, V)
+            out["mlm"] = losses.masked_token_loss(logits, batch["masked_labels"], batch["masked_count"])
         if "itm" in wanted:
             logits = self.model.itm_head(self.model.pool(states[-3 * b :]))  # (3b, 2)
             matched = torch.arange(3 * b, device=logits.device) < b

@@ -34,7 +34,7 @@ class Textbook(Stage):
         if "mlm" in self.loss_weights:
             states = self.encode_pair(batch["masked"], mask, image)[:, : text.shape[1]]  # (b, T, D)
             logits, at = self.model.mlm_head(states), labels != IGNORE  # (b, T, V), (b, T)
-            out["mlm"] = losses.masked_token_loss(logits[at], labels[at])
+            out["mlm"] = losses.masked_token_loss(logits[at], labels[at], at.sum())
         if "itm" in self.loss_weights:
             self.seed()
             candidate = losses.candidates(same, self.negatives)
@@ -49,7 +49,7 @@ class Textbook(Stage):
             logits = torch.cat([matched, with_wrong_image, with_wrong_text])  # (3b, 2)
             right = torch.arange(len(logits), device=same.device) < len(image)
             found = torch.cat([torch.ones_like(image_found), image_found, text_found])
-            out["itm"] = losses.itm_loss(logits, right, found)
+            out["itm"] = losses.itm_loss(logits, right, found, found.sum())
         return out
 
     def embed_image(self, image):

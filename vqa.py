@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import checkpoint
-import losses
 import shapes
 import texts
 from data import Absent, Examples, split_by_hash
@@ -30,6 +30,7 @@ class VQA(Task):
     """The fusion encoder, and a classifier of [T_CLS] over A answers."""
 
     unit = "questions"
+    submitted = "JSON for the evaluation server"
     recipe = {  # Appendix C; drop-path, the head's factor, and base_plus as base: released code
         "tiny": dict(epochs=0.32, batch_size=64, lr=5e-4, clip=1.0, save_every=100, fresh_pooler=True),
         "base": dict(epochs=10, batch_size=128, lr=3e-5, head_factor=20.0, image_size=480, drop_path=0.15),
@@ -42,10 +43,6 @@ class VQA(Task):
         trainval = "train on all of val2014, too, but a fiftieth, which is then split val"
         group.add_argument("--trainval", action="store_true", help=trainval)
         task_flags(parser, base)
-
-    @staticmethod
-    def evaluation_flags(parser):
-        parser.add_argument("--predictions", metavar="FILE", help="JSON for the evaluation server")
 
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
@@ -65,8 +62,11 @@ class VQA(Task):
         return soft_scores(question.answers, self.numbers)
 
     def forward(self, batch):
-        """batch: image (b, 3, S, S); text, mask (b, T); target (b, A), soft scores."""
-        return {"loss": losses.answer_loss(self.predict(batch), batch["target"])}
+        """batch: image (b, 3, S, S); text, mask (b, T); target (b, A), soft scores. The loss is a sum
+        over answers, and a mean over questions."""
+        logits, scores = self.predict(batch), batch["target"]
+        loss = F.binary_cross_entropy_with_logits(logits, scores, reduction="none")  # (b, A)
+        return {"loss": loss.sum(1).mean()}
 
     def predict(self, batch):
         """→ logits (b, A)."""
@@ -112,8 +112,7 @@ class Question(NamedTuple):
 class WorldQuestions(shapes.World):
     """Four questions on every scene of the built-in world, with ten annotators who agree."""
 
-    def __len__(self):
-        return shapes.TIMES * self.count
+    per_scene = shapes.TIMES
 
     def __getitem__(self, i):
         text, answer, kind = self.question(i)

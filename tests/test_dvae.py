@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import refused
 
 import dvae
 import losses
@@ -65,7 +64,6 @@ def test_losses_by_hand():
     even = dvae.dvae_losses(pixels, pixels, torch.eye(4)[None] * 1e4)
     assert even["kl"].item() == pytest.approx(0, abs=1e-6)
     assert dvae.codebook_use(torch.tensor([5, 5, 0, 0])) == (2, pytest.approx(2.0))
-    assert [dvae.temperature(progress) for progress in (0, 0.5, 1)] == [1, 1 / 4, 1 / 16]
 
 
 def gradient():
@@ -79,8 +77,3 @@ def gradient():
 def test_gradient_equals_that_of_one_process(processes):
     one, two = gradient(), processes(2, gradient)[1]
     torch.testing.assert_close(two, one, atol=1e-7, rtol=1e-5)
-
-
-@pytest.mark.parametrize("fields", [{"grid": 0}, {"codes": 1}, {"width": 0}])
-def test_sizes_that_are_none_are_refused(fields):
-    refused(dvae.DVAEConfig, **{"grid": 2} | fields, error=ValueError)

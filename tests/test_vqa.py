@@ -10,6 +10,7 @@ from files import picture, vqa, write_lines
 import data
 import shapes
 import vqa as task
+from sides import bare
 from vqa import Question
 
 
@@ -30,6 +31,14 @@ def test_answers_are_compared_as_vqa_does(answer, means):
 def test_the_model_learns_answers_that_come_nine_times():
     majorities = ["Yes"] * 5 + ["yes."] * 4 + ["no"] * 12 + ["two"] * 8 + ["a cat"] * 9
     assert task.answer_vocabulary(majorities) == ["yes", "no", "cat"]
+
+
+def test_the_loss_is_a_sum_over_answers_and_a_mean_over_questions(monkeypatch):
+    logits, scores = torch.randn(3, 4), torch.rand(3, 4)
+    monkeypatch.setattr(task.VQA, "predict", lambda self, batch: logits)
+    p = logits.sigmoid()
+    expected = -(scores * p.log() + (1 - scores) * (1 - p).log()).sum() / 3
+    torch.testing.assert_close(bare(task.VQA, None)({"target": scores})["loss"], expected)
 
 
 @pytest.mark.parametrize("n, score, accuracy", [(0, 0, 0), (1, 0.3, 0.3), (2, 0.6, 0.6), (4, 1, 1)])
