@@ -317,39 +317,32 @@ TABLES = ("step", "positions", "parts", "momo", "process", "operators", "retriev
 
 def jobs(args):
     """What to measure: (title of a table, first columns of its rows, function, its arguments)."""
-    listed = []
     if "loader" in args.only:
-        listed.append(("training views of JPEG files", {}, bench_loader, args.repeats))
+        yield "training views of JPEG files", {}, bench_loader, args.repeats
     for name, amp in itertools.product(args.config, args.amp):
         run, labels = runtime.Runtime(amp), {"config": name, "amp": amp}
         rest = run, args.repeats
         batches = args.batch_size or ([4, 8] if run.device.type == "cpu" else [32 if name == "large" else 64])
-        first = labels | {"batch": batches[0]}
-        if "step" in args.only:
-            kinds = STEP | ({"ours, compiled": dict(compile=True)} if args.compile else {})
-            for b in batches:
-                listed.append(("a step of stage vl", labels | {"batch": b}, bench_step, kinds, name, b, *rest))
-        for table, title, kinds in (
-            ("positions", "absolute and relative positions", POSITIONS),
-            ("momo", "a step of VLMo and of MoMo", MODELS),
+        step = STEP | ({"ours, compiled": dict(compile=True)} if args.compile else {})
+        for table, title, kinds, sizes in (
+            ("step", "a step of stage vl", step, batches),
+            ("positions", "absolute and relative positions", POSITIONS, batches[:1]),
+            ("momo", "a step of VLMo and of MoMo", MODELS, batches[:1]),
+            ("parts", "a step in parts", PARTS, [4 * -(-batches[0] // 2)]),  # about twice as many, in four
         ):
-            if table in args.only:
-                listed.append((title, first, bench_step, kinds, name, batches[0], *rest))
-        if "parts" in args.only:
-            b = 2 * batches[0]
-            listed.append(("a step in parts", labels | {"batch": b}, bench_step, PARTS, name, b, *rest))
+            for b in sizes if table in args.only else ():
+                yield title, labels | {"batch": b}, bench_step, kinds, name, b, *rest
+        first = labels | {"batch": batches[0]}
         if "process" in args.only and sys.platform == "linux" and run.device.type == "cpu":
             kinds = STEP | {"ours, relative": POSITIONS["relative"]}
-            listed.append(("memory of the process", first, bench_process, kinds, name, batches[0], amp))
+            yield "memory of the process", first, bench_process, kinds, name, batches[0], amp
         if "operators" in args.only and run.device.type == "cpu":
-            listed.append(("operators of a step", first, bench_operators, name, batches[0], run))
+            yield "operators of a step", first, bench_operators, name, batches[0], run
         if "retrieval" in args.only:
-            listed.append(("retrieval", labels, bench_retrieval, name, *rest))
-        if "sizes" in args.only:
-            for position in ("absolute", "relative"):
-                sized = labels | {"position": position}
-                listed.append(("memory and work of a sample", sized, bench_sizes, name, position, run))
-    return listed
+            yield "retrieval", labels, bench_retrieval, name, *rest
+        for position in ("absolute", "relative") if "sizes" in args.only else ():
+            sized = labels | {"position": position}
+            yield "memory and work of a sample", sized, bench_sizes, name, position, run
 
 
 def table(title, rows):

@@ -186,14 +186,6 @@ def read(path, resumed=False):
     return Checkpoint(path, content, resumed)
 
 
-def find(out, resume, init):
-    """The checkpoint that a run goes on with (--resume) or begins from (--init), or None."""
-    last = Path(out, "last.pt")
-    if resume and last.exists():
-        return read(last, resumed=True)
-    return read(init) if init else None
-
-
 def save(path, stage, args, run, step, record, optimizer=None, scaler=None):
     """Writes a checkpoint, on process 0: settings, what has been learned, and what a resumed run
     needs."""
@@ -306,10 +298,12 @@ def fit(model, tensors, config, path, copies=True):
             advice = "leave the flags of the architecture away, or start from another file"
             raise UserError(f"{path} has {name} {old[name]}, and this run {new[name]}: {advice}")
     own, how, state = model.state_dict(), {}, {}
-    tensors, converted = counterparts(tensors, own)
+    renamed = counterparts(tensors, own)
+    tensors, converted = renamed, renamed.keys() - tensors.keys()
     present = set(groups(tensors))
     for name, tensor in own.items():
-        vision = vision_name(name)
+        # What a language or vl tensor starts from
+        vision = name.replace(".language.", ".vision.").replace(".vl.", ".vision.")
         if name in tensors:
             state[name], same = fitted(name, tensors[name], config, tensor, model.config)
             how[group(name)] = "taken" if same else "resampled"
@@ -334,18 +328,14 @@ def fit(model, tensors, config, path, copies=True):
 
 
 def load_model(path, needs=()):
-    """A checkpoint to use from Python → its VLMo in eval mode, its Words (None if it has learned no
-    words), its Config.
+    """A checkpoint to use from Python, a path or what read() has read → its VLMo in eval mode, its
+    Words (None if it has learned no words), its Config.
 
     needs: what must have been learned, such as "itc_image", "itc_text", "itm_head"; UserError if
     something has not. Heads and embeddings that have not been learned are left out, so that to use
     one is an AttributeError, not a random number.
     """
-    return model_of(read(path), needs)
-
-
-def model_of(start, needs=()):
-    """What load_model returns, of a Checkpoint."""
+    start = path if isinstance(path, Checkpoint) else read(path)
     start.require(needs)
     if start.words_embedded and not start.tokenizer:
         raise UserError(f"{start.path} was imported without its vocabulary: import it again, with --vocab")
@@ -358,18 +348,13 @@ def model_of(start, needs=()):
 
 
 def counterparts(tensors, own):
-    """A file's tensors by the names of a model, and the set of names that have changed: for what the
-    model has as shared and the file for vision, or the reverse (Tables 5 and 7)."""
-    renamed, changed = {}, set()
+    """A file's tensors by the names of a model, which may have as shared what the file has for vision,
+    or the reverse (Tables 5 and 7)."""
+    renamed = {}
     for name, tensor in tensors.items():
-        new_name = name
-        for old, new in (("vision", "shared"), ("shared", "vision")):
-            other = name.replace(f".{old}.", f".{new}.")
-            if name not in own and other in own:
-                new_name = other
-                changed.add(other)
-        renamed[new_name] = tensor
-    return renamed, changed
+        names = name, name.replace(".vision.", ".shared."), name.replace(".shared.", ".vision.")
+        renamed[next((one for one in names if one in own), name)] = tensor
+    return renamed
 
 
 def load_exactly(module, tensors, path):
@@ -382,12 +367,6 @@ def load_exactly(module, tensors, path):
             shapes = f"{found.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
             raise UserError(f"{path} is of another shape: {name} is {shapes}")
     module.load_state_dict(tensors)
-
-
-def vision_name(name):
-    """The name of the vision expert's (or projection's) tensor that a language or vl one starts
-    from."""
-    return ".".join("vision" if part in ("language", "vl") else part for part in name.split("."))
 
 
 def with_sizes(origin, model):

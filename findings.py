@@ -210,9 +210,10 @@ def train_all(names, args):
                     bar.update()
             time.sleep(0.02)
     finally:
-        for process in running.values():
+        going_on = list(filter(None, running.values()))
+        for process in going_on:
             process.terminate()
-        for process in running.values():
+        for process in going_on:
             process.wait()
         bar.close()
 

@@ -221,16 +221,6 @@ def guesses(start, model, words, text, mask, image=None):
     return out
 
 
-def guess_table(start, model, words, text, mask, image=None):
-    """The guesses without the image and with it, as a table of texts with a title row."""
-    without = guesses(start, model, words, text, mask)
-    table = [("hidden", "guess without the image", "" if image is None else "with the image")]
-    seeing = [("", "", 0.0)] * len(without) if image is None else guesses(start, model, words, text, mask, image)
-    for (word, guess, p), (_, better, q) in zip(without, seeing):
-        table.append((word, f"{guess} {p:.0%}", "" if image is None else f"{better} {q:.0%}"))
-    return table
-
-
 def masked_logits(start, model, batch):
     """→ logits (M, V) of the hidden tokens of a batch, with or without images."""
     if start.stage.startswith("momo-"):

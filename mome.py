@@ -46,7 +46,7 @@ class Config:
             "experts must be mome or shared": self.experts in ("mome", "shared"),
             "attention must be shared or separate": self.attention in ("shared", "separate"),
             "vl_layers must be in 0 … layers": 0 <= self.vl_layers <= self.layers,
-            "max_text_len must hold at least [T_CLS] and [T_SEP]": self.max_text_len >= 2,
+            "max_text_len must hold at least [T_CLS], a token and [T_SEP]": self.max_text_len >= 3,
             "max_text_len must not exceed text_reach": fits,
             "layer_scale must not be negative": 0 <= self.layer_scale < math.inf,
             "init_std must be positive": 0 < self.init_std < math.inf,

@@ -36,7 +36,12 @@ def fit_table(table, old_side, side, old_reach, reach):
     patches = table[: I - 3]
     if old_side != side:
         grid = patches.view(old_span, old_span, -1).double()
-        spline = spline_matrix(geometric_places(old_side, side), torch.arange(1 - side, side))
+        # From values at places to the cubic spline through them (with not-a-knot ends) at targets.
+        # Beyond the outermost place its value holds
+        places = geometric_places(old_side, side)
+        targets = torch.arange(1 - side, side).to(places).clamp(places[0], places[-1])
+        bases = spline_basis(places, places), spline_basis(targets, places)
+        spline = torch.linalg.solve(*bases, left=False)  # (2·side − 1, 2w − 1)
         patches = torch.einsum("yi, xj, ijc -> yxc", spline, spline, grid).flatten(0, 1).to(table)
     farthest = old_reach - 2  # text positions 1 … reach−1 are words
     distance = torch.arange(-reach + 1, reach).clamp(-farthest, farthest)  # unused at both ends
@@ -56,13 +61,6 @@ def geometric_places(old_side, side):
         low, high = (low, q) if too_far else (q, high)
     places = torch.tensor([0.0, *(q**k for k in range(old_side - 1))], dtype=torch.float64).cumsum(0)
     return torch.cat([-places[1:].flip(0), places])
-
-
-def spline_matrix(places, targets):
-    """What maps values at n places to those of the cubic spline through them (with not-a-knot ends)
-    at m targets: (m, n). Beyond the outermost place its value holds."""
-    targets = targets.to(places).clamp(places[0], places[-1])
-    return torch.linalg.solve(spline_basis(places, places), spline_basis(targets, places), left=False)
 
 
 def spline_basis(x, places):

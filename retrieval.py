@@ -6,6 +6,7 @@ Shape letters: I images, C captions, D dim, Q queries, G gallery, P pairs, T tex
 """
 
 import collections
+import functools
 import math
 import os
 import zipfile
@@ -109,8 +110,8 @@ def retrieval(model, source, words, device, batch=64, rerank=0):
     if rerank:
         images = all_images(source, model.config.image_size, device, batch)
         reranker = Reranker(model, images, ids, mask, rerank, device, batch)
-        by_image = search(image, text, relevant, reranker.captions)
-        by_text = search(text, image, relevant.flip(0), reranker.pictures)
+        by_image = search(image, text, relevant, functools.partial(reranker.reorder, image_asks=True))
+        by_text = search(text, image, relevant.flip(0), functools.partial(reranker.reorder, image_asks=False))
         results |= {f"reranked {name}": value for name, value in recall(by_image, by_text).items()}
     model.train(training)
     return results
@@ -158,40 +159,28 @@ def relevant_pairs(captions, by_text):
 # ---- Reranking -----------------------------------------------------------------------------------
 
 
-def reorder(scores, best, column, odds):
-    """s/σ (q, G) and each row's K best, values and columns (q, K) → scores by which these stand
-    before all others, in the order of s/σ + odds (q, K).
-
-    The ITM head has learned to tell a match from negatives drawn with probability softmax(s/σ): its
-    log-odds are what s/σ leaves out of the logarithm of a match's probability.
-    """
-    best = best + odds
-    return scores.scatter(1, column, best - best.amin(1, keepdim=True) + scores.amax(1, keepdim=True) + 1)
-
-
 class Reranker:
-    """Reorders the K best columns of a block of scores with the ITM head."""
+    """Reorders the K best columns of a block of scores with the ITM head, which has learned to tell a
+    match from negatives drawn with probability softmax(s/σ): its log-odds are what s/σ leaves out
+    of the logarithm of a match's probability."""
 
     def __init__(self, model, images, ids, mask, K, device, batch):
         """images (I, 3, S, S) uint8 and ids, mask (C, T) on the CPU."""
         self.model, self.images, self.ids, self.mask = model, images, ids, mask
         self.K, self.device, self.batch = K, device, batch
 
-    def captions(self, scores, first):
-        """Similarities of images first, first + 1, … to all captions (q, C) → scores (q, C)."""
-        return self.reorder(scores, first, image_asks=True)
-
-    def pictures(self, scores, first):
-        """Similarities of captions first, first + 1, … to all images (q, I) → scores (q, I)."""
-        return self.reorder(scores, first, image_asks=False)
-
     def reorder(self, scores, first, image_asks):
+        """Similarities (q, G) of images first, first + 1, … to all captions (image_asks), or of
+        captions to all images → scores (q, G) by which the K best of each row stand before all
+        others, in the order of s/σ + log-odds."""
         scores = self.model.scale() * scores
         best, column = scores.topk(min(self.K, scores.shape[1]))  # (q, K)
         answer = column.flatten().cpu()
         query = first + torch.arange(len(scores)).repeat_interleave(column.shape[1])
         odds = self.odds(query, answer) if image_asks else self.odds(answer, query)
-        return reorder(scores, best, column, odds.view_as(best))
+        best = best + odds.view_as(best)
+        best = best - best.amin(1, keepdim=True) + scores.amax(1, keepdim=True) + 1
+        return scores.scatter(1, column, best)
 
     def odds(self, image, caption):
         """Log-odds of a match, by the ITM head, of pairs of numbers (P,), (P,) → (P,)."""

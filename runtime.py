@@ -83,7 +83,8 @@ def run(main):
     except KeyboardInterrupt:
         status = 130
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not (full or "allocate memory" in str(error) or "not enough memory" in str(error)):
             raise
         advice = "try a smaller --batch-size, --accumulate 2 or more, --recompute, or a smaller --image-size"
         status, line = 2, f"error: the memory is full ({first_line(error)}): {advice}"
@@ -100,11 +101,6 @@ def run(main):
     # Not sys.exit: other processes may wait for us in a collective call that will never come, and
     # threads of the process group that are still alive would abort the end of Python
     os._exit(status)
-
-
-def out_of_memory(error):
-    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return full or "allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 # ---- Processes and precision ---------------------------------------------------------------------
@@ -134,18 +130,15 @@ class Runtime:
             self.device = torch.device("cpu")
             keep_memory()
         if self.world > 1:
+            try:  # to meet
+                store, _, _ = next(dist.rendezvous("env://", timeout=TO_MEET))
+            except (dist.DistError, ValueError) as error:  # ValueError: no address or port
+                advice = "start all of them, best with torchrun"
+                raise UserError(f"{self.world} processes did not meet ({first_line(error)}): {advice}") from None
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=WHILE_READING, **self.meeting())
+            places = dict(store=store, rank=self.rank, world_size=self.world)
+            dist.init_process_group(backend, timeout=WHILE_READING, **places)
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-    def meeting(self):
-        """Where the processes meet. UserError if one of them is missing for too long."""
-        try:
-            store, rank, world = next(dist.rendezvous("env://", timeout=TO_MEET))
-        except (dist.DistError, ValueError) as error:  # ValueError: no address or port
-            advice = "start all of them, best with torchrun"
-            raise UserError(f"{self.world} processes did not meet ({first_line(error)}): {advice}") from None
-        return {"store": store, "rank": rank, "world_size": world}
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -164,24 +157,22 @@ class Runtime:
         return model
 
     def from_main(self, answer):
-        """Process 0's answer() on all processes; the others do not call it."""
-        answers = [answer() if self.main else None]
+        """Process 0's answer(), or its UserError, on all processes; the others do not call it."""
+        found = [None]
+        try:
+            found = [answer()] if self.main else found
+        except UserError as error:
+            found = [error]
         if self.world > 1:
-            dist.broadcast_object_list(answers, device=self.device)
-        return answers[0]
+            dist.broadcast_object_list(found, device=self.device)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return found[0]
 
     def meet(self):
         """Waits for all processes."""
         if self.world > 1:
             dist.barrier()
-
-    def mean(self, values):
-        """Average of a tensor over the processes, as nested lists. One collective call, one wait
-        for the device."""
-        values = values.detach().double()
-        if self.world > 1:
-            dist.all_reduce(values)
-        return (values / self.world).tolist()
 
     def print(self, *words):
         if self.main:
@@ -234,15 +225,17 @@ class Signals:
     def asked(self):
         """The number of the signal, or 0: the same on all processes. They agree on it in the
         background, one step later than it came, so that no step waits."""
-        if not self.group:
-            self.agreed = self.caught
-            return self.agreed
         if self.pending:
             number, work = self.pending
             work.wait()
             self.agreed = int(number)
-        number = torch.tensor(self.caught)
-        self.pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        if self.group:
+            number = torch.tensor(self.caught)
+            self.pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        else:
+            self.agreed = self.caught
+        if self.agreed:
+            signal.alarm(0)  # the step has ended; what is measured then may take its time
         return self.agreed
 
 

@@ -52,8 +52,14 @@ def view(image, config, run):
 
 
 def encode(words, texts, run):
-    """Typed texts → ids (C, T), mask (C, T)."""
-    words.refuse_unfit(texts)
+    """Typed texts → ids (C, T), mask (C, T). UserError for none, and for one that is empty or too long
+    to be read whole."""
+    if not texts:
+        raise UserError("name a text, too: --text, --question or --statement")
+    for text in texts:
+        count = len(words.tokenizer.encode(text, add_special_tokens=False).ids)
+        if not 0 < count <= words.length - 2:
+            raise UserError(f'"{text[:40]}" has {count} tokens: this model reads 1 to {words.length - 2}')
     ids, mask = words.encode_all(texts)
     return ids.to(run.device), mask.to(run.device)
 
@@ -250,7 +256,7 @@ def masked(args, run):
     """What a pre-trained model makes of what is hidden: of the patches of an image (stage image,
     MoMo), and of each word of a text, without the image and with it."""
     start = checkpoint.read(args.checkpoint)
-    model, words, config = checkpoint.model_of(start)
+    model, words, config = checkpoint.load_model(start)
     model.to(run.device)
     known, rows, ids, mask = inside.fills_in(start), [], None, None
     if not known:
@@ -269,10 +275,17 @@ def masked(args, run):
         tiles = [drawing.tile(drawing.from_tensor(one[0]), label) for label, one in views.items()]
         rows.append((f"{hidden.sum()} of {hidden.numel()} patches are hidden", tiles))
     if "text" in known:
-        table = inside.guess_table(start, model, words, ids[0], mask[0], pixels if "pair" in known else None)
-        print("\n".join("  ".join(f"{cell:24}" for cell in row) for row in table))
-        columns = [drawing.written("\n".join(cells)) for cells in zip(*table)]
-        rows.append((texts[0], [drawing.tile(image), drawing.beside(columns, gap=30)]))
+        columns, seen = [], {"guess without the image": None}
+        if "pair" in known:
+            seen["with the image"] = pixels
+        for title, picture in seen.items():
+            guessed = inside.guesses(start, model, words, ids[0], mask[0], picture)
+            columns.append([title, *(f"{guess} {p:.0%}" for _, guess, p in guessed)])
+        columns.insert(0, ["hidden", *(word for word, _, _ in guessed)])
+        for row in zip(*columns):
+            print("  ".join(f"{cell:24}" for cell in row))
+        written = [drawing.written("\n".join(cells)) for cells in columns]
+        rows.append((texts[0], [drawing.tile(image), drawing.beside(written, gap=30)]))
     save(drawing.sheet(rows), args)
 
 

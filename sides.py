@@ -53,7 +53,7 @@ def pairs(config, b, ratio=0.15, full=False):
     text = torch.randint(5, config.vocab_size, (b, T)).masked_fill(~mask, 0)
     words = hide(ratio, (place > 0) & (place < lengths - 1))
     patches = torch.ones(b, (S // config.patch_size) ** 2, dtype=torch.bool)  # (b, N)
-    batch = {
+    return {
         "image": torch.randint(0, 256, (b, 3, S, S), dtype=torch.uint8),
         "text": text,
         "mask": mask,
@@ -62,7 +62,6 @@ def pairs(config, b, ratio=0.15, full=False):
         "hidden": hide(ratio, patches),
         "ids": torch.arange(2 * b).view(b, 2),
     }
-    return batch
 
 
 class Side:
@@ -109,29 +108,28 @@ class Side:
 
 def momo_stage(name, config):
     """Stage momo-vl, with texts of stage momo-text's length."""
-    length = MoMoText.recipe.get(name, MoMoText.recipe["base"]).get("max_text_len")
-    length = length or config.max_text_len
+    recipe = MoMoText.recipe.get(name, MoMoText.recipe["base"])
+    length = recipe.get("max_text_len", config.max_text_len)
     config = dataclasses.replace(config, experts="shared", max_text_len=length)
-    shape = momo.DECODERS[name]
-    decoders = {kind: momo.Decoder(config, shape, kind) for kind in ("pair", "text")}
-    stage = bare(MoMoVL, VLMo(config), head=nn.ModuleDict(decoders), negatives="global")
-    stage.loss_weights = dict.fromkeys(["cmm mim", "cmm mlm", "itc", "itm", "mlm"], 1.0)
-    stage.normalised = False
+    decoders = {kind: momo.Decoder(config, momo.DECODERS[name], kind) for kind in ("pair", "text")}
+    weights = dict.fromkeys(["cmm mim", "cmm mlm", "itc", "itm", "mlm"], 1.0)
+    stage = bare(MoMoVL, VLMo(config), head=nn.ModuleDict(decoders), loss_weights=weights)
+    stage.negatives, stage.normalised = "global", False
     return stage
 
 
 def stage_of(kind, config):
     """A stage or task, without data."""
-    model, head = VLMo(config), nn.Module()
+    model = VLMo(config)
     if kind == "stage text":
         model.requires_grad_(False)
         for module in language_part(model):
             module.requires_grad_(True)
-        return bare(Text, model, head=head, loss_weights={"mlm": 1.0})
+        return bare(Text, model, loss_weights={"mlm": 1.0})
     if kind == "vqa":
         return bare(VQA, model, head=classifier(config, config.dim, 3129), loss_weights={"loss": 1.0})
     weights = ALL if kind == "stage vl" else {"itc": 1.0}
-    return bare(VL, model, head=head, loss_weights=weights, negatives="global")
+    return bare(VL, model, loss_weights=weights, negatives="global")
 
 
 def training_batch(kind, config, b, device):

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 import runtime
 import shapes
 from data import SPLITS, Corpus, split_by_hash
-from reading import files_below
+from reading import files_below, read_text, text_lines
 from runtime import UserError
 
 IGNORE = -100  # a label that is not predicted
@@ -62,10 +62,7 @@ def train_tokenizer(texts, vocab_size):
 
 def load_tokenizer(path):
     """Reads `vocab.txt` (one piece per line, like BERT's) or `tokenizer.json`."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"vocabulary {path} cannot be read: {error}") from None
+    text = read_text(path)
     if Path(path).suffix == ".json":
         return tokenizer_from_json(text, path)
     pieces = text.removesuffix("\n").split("\n")
@@ -150,15 +147,6 @@ class Words:
         T = cut(mask)
         return ids[:, :T], mask[:, :T]
 
-    def refuse_unfit(self, texts):
-        """UserError for no texts, and for one that is empty or too long to be read whole."""
-        if not texts:
-            raise UserError("name a text, too: --text, --question or --statement")
-        for text in texts:
-            count = len(self.tokenizer.encode(text, add_special_tokens=False).ids)
-            if not 0 < count <= self.length - 2:
-                raise UserError(f'"{text[:40]}" has {count} tokens: this model reads 1 to {self.length - 2}')
-
     def words(self, ids):
         """ids (T,) → the positions of each word's pieces: a piece that starts with "##" continues a
         word."""
@@ -239,11 +227,7 @@ def text_files(paths):
 
 def read_lines(path):
     """The lines of a text file, stripped."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            yield from map(str.strip, file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    return (line.strip() for _, line in text_lines(path))
 
 
 def read_texts(path):
@@ -263,7 +247,8 @@ def paragraphs(path):
 
 def documents(path):
     """The documents of a text file: its paragraphs, or its lines if it has no blank line inside."""
-    several = len(list(itertools.islice(paragraphs(path), 2))) == 2
+    blocks = (filled for filled, _ in itertools.groupby(read_lines(path), key=bool) if filled)
+    several = len(list(itertools.islice(blocks, 2))) == 2
     yield from paragraphs(path) if several else filter(None, read_lines(path))
 
 
@@ -319,8 +304,6 @@ def open_packed(words, seed, folder):
 def packed(paths, words, seed):
     """{split: Texts}, of the splits that have any. The tokens are in files, tokenized once per
     node."""
-    if words.length < 3:
-        raise UserError("--max-text-len must be at least 3: [T_CLS], a token, [T_SEP]")
     fill = functools.partial(pack, read_documents(paths), words)
     texts = runtime.once_per_node(fill, functools.partial(open_packed, words, seed))
     if "train" not in texts:

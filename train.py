@@ -57,7 +57,11 @@ def parse(stages, option, default, description):
     out = chosen.out or f"runs/{name}"
     if Path(out).is_file():
         raise UserError(f"--out {out} is a file")
-    start = checkpoint.find(out, chosen.resume, chosen.init)
+    start, last = None, Path(out, "last.pt")
+    if chosen.resume and last.exists():
+        start = checkpoint.read(last, resumed=True)
+    elif chosen.init:
+        start = checkpoint.read(chosen.init)
     if start and start.resumed:
         if chosen.stage not in (None, start.stage):
             raise UserError(f"{out} holds a run of {start.stage}: give {chosen.stage} another --out")
@@ -247,17 +251,12 @@ def finish(stage, out, args, run, log):
     run.print(f"{out / 'last.pt'} holds the model; {', '.join(pictures)} next to it")
 
 
-def cut_warmup(args, run):
-    """Cuts a warm-up that is longer than the run to a tenth of it."""
-    if args.warmup > args.steps:
-        args.warmup = args.steps // 10
-        run.print(f"the warm-up is longer than the run: cut to {args.warmup} steps")
-
-
 def main():
     Stage, args, config, start = parse(STAGES, "--stage", "vl", __doc__)
     run = runtime.Runtime(args.amp)
-    cut_warmup(args, run)
+    if args.warmup > args.steps:
+        args.warmup = args.steps // 10
+        run.print(f"the warm-up is longer than the run: cut to {args.warmup} steps")
     train(Stage(args, config, start, run), args, run, start)
 
 

@@ -355,25 +355,6 @@ def read_file(path):
     return {str(key).removeprefix("module."): tensor for key, tensor in content.items()}
 
 
-def read_tokenizer(vocab, released, path):
-    """The tokenizer of --vocab. UserError if the file embeds another number of words."""
-    tokenizer = load_tokenizer(vocab)
-    found, embedded = tokenizer.get_vocab_size(), released.config.vocab_size
-    if found != embedded:
-        raise UserError(f"--vocab {vocab} has {found} entries, and {path} embeds {embedded}")
-    return tokenizer
-
-
-def read_answers(folder, released, path):
-    """The names of VQA's answers in --answers. UserError if the file has another number of them."""
-    if released.stage != "vqa":
-        raise UserError(f"--answers: {path} has no vqa_classifier")
-    answers, outputs = released_answers(folder), len(released.head[-1].bias)
-    if len(answers) != outputs:
-        raise UserError(f"--answers {folder} has {len(answers)} answers, and {path} {outputs}")
-    return answers
-
-
 def main():
     parser = runtime.Parser(description=__doc__)
     parser.add_argument("file", metavar="FILE", help="a released file, .pt or .pth")
@@ -394,8 +375,18 @@ def main():
         released = read_vlmo(state) if is_vlmo else read_beit(state)
     model, rows = build(released, args.file, args.image_size, device="meta")
     config, stage, head = model.config, released.stage, released.head
-    tokenizer = read_tokenizer(args.vocab, released, args.file) if args.vocab else None
-    choices = read_answers(args.answers, released, args.file) if args.answers else None
+
+    # The names of words and answers must be as many as the file has
+    tokenizer = load_tokenizer(args.vocab) if args.vocab else None
+    entries = tokenizer.get_vocab_size() if tokenizer else config.vocab_size
+    if entries != config.vocab_size:
+        raise UserError(f"--vocab {args.vocab} has {entries} entries, and {args.file} embeds {config.vocab_size}")
+    if args.answers and stage != "vqa":
+        raise UserError(f"--answers: {args.file} has no vqa_classifier")
+    choices = released_answers(args.answers) if args.answers else None
+    if choices is not None and len(choices) != len(head[-1].bias):
+        outputs = len(head[-1].bias)
+        raise UserError(f"--answers {args.answers} has {len(choices)} answers, and {args.file} {outputs}")
 
     # What the file has, and neutral types and norm: the rest is for the next stage to decide
     tensors = {name: t for name, t in model.state_dict().items() if name in released.tensors}

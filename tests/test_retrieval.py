@@ -153,8 +153,8 @@ def test_reordering_by_hand(monkeypatch):
     # 4 < 3 + 2; 6 − 3 < 5.5; a match that the head does not believe stays before the others;
     # 4 > 3 + 0.5
     order = [[1, 0, 2, 3], [2, 3, 1, 0], [0, 1, 2, 3], [0, 1, 2, 3]]
-    for rerank in (reranker.captions, reranker.pictures):
-        assert rerank(scores, 5).argsort(1, descending=True).tolist() == order
+    for image_asks in (True, False):
+        assert reranker.reorder(scores, 5, image_asks).argsort(1, descending=True).tolist() == order
     queries, answers = [5, 5, 6, 6, 7, 7, 8, 8], [0, 1, 3, 2, 0, 1, 0, 1]
     assert asked == [(queries, answers), (answers, queries)]
 
