@@ -33,7 +33,6 @@ import glue
 import images
 import log
 import nlvr2
-import reading
 import runtime
 import sources
 import texts
@@ -47,13 +46,6 @@ from stages import VL
 SMALL = Config(dim=8, layers=1, heads=1, vl_layers=1, image_size=8, patch_size=4, vocab_size=9, max_text_len=4)
 
 # ---- Good files ----------------------------------------------------------------------------------
-
-
-def write_checkpoint(path):
-    stage = bare(VL, VLMo(SMALL))
-    stage.tokenizer = texts.wordpiece({piece: i for i, piece in enumerate([*texts.SPECIAL, *"abcd"])})
-    args = argparse.Namespace(stage="vl", config="tiny", keep_previous=False)
-    checkpoint.save(path, stage, args, runtime.Runtime(), 3, 0.5)
 
 
 READERS = {}  # kind: (the damaged file, what writes the good files into a folder, what reads them)
@@ -191,20 +183,17 @@ def metrics(folder):
 
 @reader("checkpoint", "last.pt")
 def a_checkpoint(folder):
-    write_checkpoint(folder / "last.pt")
+    stage = bare(VL, VLMo(SMALL))
+    stage.tokenizer = texts.wordpiece({piece: i for i, piece in enumerate([*texts.SPECIAL, *"abcd"])})
+    args = argparse.Namespace(stage="vl", config="tiny", keep_previous=False)
+    checkpoint.save(folder / "last.pt", stage, args, runtime.Runtime(), 3, 0.5)
     return lambda: checkpoint.load_model(folder / "last.pt")
 
 
 @reader("released file", "vlmo.pt")
 def released(folder):
     torch.save({"module": files.released("retrieval-absolute")}, folder / "vlmo.pt")
-
-    def read():
-        state = weights.read_file(folder / "vlmo.pt")
-        with reading.malformed(folder / "vlmo.pt"):
-            weights.read_vlmo(state, 4, 20)
-
-    return read
+    return lambda: weights.from_vlmo(weights.read_file(folder / "vlmo.pt"), 4, 20)
 
 
 @functools.cache

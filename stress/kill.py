@@ -129,7 +129,6 @@ def same(one, two):
 def run(kills, folder, kinds, seed):
     """→ {(kind, processes): Counter of kills, "went on" and "differed"}."""
     folder = Path(folder)
-    conftest.shapes.SCENES = conftest.FEW
     if any("START" in RUNS[kind] for kind in kinds):
         for words in conftest.stage_commands(folder / "start"):  # this process starts no threads: it forks
             assert wait(start(["train", *words], 1)), words

@@ -6,6 +6,7 @@ import multiprocessing.forkserver
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,16 +25,18 @@ import checkpoint
 import classify
 import loader
 import shapes
+import sides
 import texts
 import train
-from mome import Config
+from mome import Config, VLMo
 from runtime import UserError
+from stages import VL
 
 # ---- Scripts -------------------------------------------------------------------------------------
 
 SIZE = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8".split()
 BRIEF = "--batch-size 8 --warmup 2 --steps 4 --save-every 2 --log-every 1".split()
-FEW = {"train": 300, "val": 12, "test": 40, "rare": 12}  # scenes of the built-in world
+shapes.SCENES = {"train": 300, "val": 12, "test": 40, "rare": 12}  # of the built-in world
 KNOWN = {}  # tokenizers, trained once for all tests that ask for the same
 
 
@@ -108,19 +111,11 @@ def stage_commands(folder, *flags):
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory):
-    """The folder of these stages in the small world, for tests that read it only."""
+    """The folder of these stages, for tests that read it only."""
     folder = tmp_path_factory.mktemp("stages")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(shapes, "SCENES", FEW)
-        for words in stage_commands(folder):
-            call("train", *words, charts=True)
+    for words in stage_commands(folder):
+        call("train", *words, charts=True)
     return folder
-
-
-@pytest.fixture
-def small_world(monkeypatch):
-    """Few scenes in each split of the built-in world, in this process."""
-    monkeypatch.setattr(shapes, "SCENES", FEW)
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -137,6 +132,14 @@ def shaken(module, by=0.1):
     for parameter in module.parameters():
         parameter += by * torch.randn_like(parameter)
     return module
+
+
+def vl_stage(names="itc itm mlm", negatives="global", **switches):
+    """Stage vl around a small model in float64."""
+    torch.manual_seed(0)
+    model = shaken(VLMo(replace(SMALL, **switches))).double()
+    weights = {name: sides.ALL[name] for name in names.split()}
+    return sides.bare(VL, model, loss_weights=weights, negatives=negatives)
 
 
 def batch_of(config, lengths, seed=0):

@@ -19,11 +19,6 @@ def picture(path, color="red"):
     Image.new("RGB", (8, 8), color).save(path)
 
 
-def write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
 def write_lines(path, *lines):
     """A file of lines: texts as they are, anything else as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +39,7 @@ def pictures(folder, count=6, split="train"):
 
 
 def karpathy(folder, *images, name="coco"):
-    write_json(folder / f"dataset_{name}.json", {"dataset": name, "images": images})
+    write_lines(folder / f"dataset_{name}.json", {"dataset": name, "images": images})
 
 
 def entry(name, split, *captions, **more):
@@ -88,10 +83,10 @@ def vqa(folder, subset="train2014", ids=(1, 2, 3), annotated=None, **changes):
             "image_id": 10 + id, "answer_type": "number", "question_id": id,
         })  # fmt: skip
     content = {"data_subtype": subset, "questions": questions} | changes
-    write_json(folder / f"v2_OpenEnded_mscoco_{subset}_questions.json", content)
+    write_lines(folder / f"v2_OpenEnded_mscoco_{subset}_questions.json", content)
     if annotated:
         content = {"data_subtype": subset, "annotations": annotations} | changes
-        write_json(folder / f"v2_mscoco_{subset}_annotations.json", content)
+        write_lines(folder / f"v2_mscoco_{subset}_annotations.json", content)
     return folder
 
 

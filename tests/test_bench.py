@@ -8,27 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RELATIVE, SMALL, batch_of, call, shaken
+from conftest import RELATIVE, SMALL, batch_of, call, vl_stage
 from torch._dynamo.utils import counters
 
 import bench
 import losses
 import runtime
-import sides
 import textbook
-from mome import CONFIGS, VLMo
-from sides import bare
-from stages import VL
+from mome import CONFIGS
 
 CPU, COMPILE = runtime.Runtime(), torch.compile
-
-
-def stage_of(names="itc itm mlm", negatives="global", **switches):
-    """Stage vl around a small model."""
-    torch.manual_seed(0)
-    model = shaken(VLMo(replace(SMALL, **switches))).double()
-    weights = {name: sides.ALL[name] for name in names.split()}
-    return bare(VL, model, loss_weights=weights, negatives=negatives)
 
 
 def step(stage):
@@ -40,14 +29,6 @@ def step(stage):
     return wanted + list(torch.autograd.grad(sum(wanted), inputs, materialize_grads=True))
 
 
-def compare(names, switches):
-    stage = stage_of(names, **switches)
-    fast = step(stage)
-    stage.__class__ = textbook.Textbook
-    for found, expected in zip(fast, step(stage)):
-        assert (found - expected).norm() <= 1e-9 * expected.norm().clamp(min=1e-3)
-
-
 @pytest.mark.parametrize(
     "names, switches",
     [
@@ -57,16 +38,20 @@ def compare(names, switches):
     ],
 )  # fmt: skip
 def test_the_fast_step_is_the_textbooks(names, switches):
-    compare(names, switches)
+    stage = vl_stage(names, **switches)
+    fast = step(stage)
+    stage.__class__ = textbook.Textbook
+    for found, expected in zip(fast, step(stage)):
+        assert (found - expected).norm() <= 1e-9 * expected.norm().clamp(min=1e-3)
 
 
 def test_the_fast_step_is_the_textbooks_on_two_processes(processes):
-    processes(2, compare, "itc itm mlm", {"negatives": "local"})
+    processes(2, test_the_fast_step_is_the_textbooks, "itc itm mlm", {"negatives": "local"})
 
 
 def graphs_of(monkeypatch, **flags):
     """Speeds up a stage, which must change nothing → how many graphs were compiled."""
-    stage = stage_of("itc", layers=2, drop_path=0.3)
+    stage = vl_stage("itc", layers=2, drop_path=0.3)
     plain = step(stage)
     monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend="eager"))
     torch._dynamo.reset()
@@ -87,7 +72,7 @@ def test_without_a_compiler_blocks_run_as_they_are(monkeypatch):
     def no_compiler(*_):
         raise torch._dynamo.exc.TorchDynamoException("there is none")
 
-    stage = stage_of("itc")
+    stage = vl_stage("itc")
     monkeypatch.setattr(torch, "compile", no_compiler)
     runtime.speed_up(stage, SimpleNamespace(recompute=False, compile=True), CPU)
     assert not any("forward" in vars(block) for block in stage.blocks())

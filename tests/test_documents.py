@@ -5,7 +5,7 @@ import re
 
 import torch
 from conftest import ROOT
-from files import karpathy, write_json
+from files import karpathy, write_lines
 from PIL import Image
 
 
@@ -24,6 +24,14 @@ def test_the_readme_is_short_and_names_every_file_with_its_lines():
     assert named == counted
     count = sum(named[name] for name in ("mome.py", "relative.py", "losses.py"))
     assert f"losses are {count} lines" in text.replace("\n", " ")
+
+
+def test_the_paper_map_names_what_is_there():
+    listed = re.findall(r"`(\w+\.py)`: ((?:`[\w.]+`(?:, )?)+)", (ROOT / "README.md").read_text())
+    assert len(listed) > 10
+    for file, names in listed:
+        for name in re.findall(r"(\w+)`", names):
+            assert re.search(rf"(def|class) {name}\b", (ROOT / file).read_text()), f"{file}: {name}"
 
 
 def test_the_documents_name_files_that_are_there_and_pictures_are_small():
@@ -55,8 +63,8 @@ def test_the_recipe_s_program_makes_a_manifest_of_visual_genome(tmp_path, monkey
         url = f"https://x/VG_100K_2/{number}.jpg"
         pictures.append({"image_id": number, "url": url, "coco_id": coco})
         regions.append({"id": number, "regions": [{"phrase": text} for text in (" a dog ", "a dog", "")]})
-    write_json(tmp_path / "vg/image_data.json", pictures)
-    write_json(tmp_path / "vg/region_descriptions.json", regions)
+    write_lines(tmp_path / "vg/image_data.json", pictures)
+    write_lines(tmp_path / "vg/region_descriptions.json", regions)
     karpathy(tmp_path / "coco", {"cocoid": 77, "split": "test"}, {"cocoid": 78, "split": "train"})
     exec(program("RECIPES.md"), {})
     lines = (tmp_path / "vg/train.jsonl").read_text().splitlines()

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from conftest import SIZE, call, metrics, refused
-from files import write_json, write_lines
+from files import write_lines
 
 import findings
 
@@ -16,7 +16,7 @@ def settings(folder, seeds=1, jobs=2):
     return SimpleNamespace(out=folder, seeds=seeds, jobs=jobs)
 
 
-def test_every_run_trains_and_is_measured(tmp_path, monkeypatch, small_world):
+def test_every_run_trains_and_is_measured(tmp_path, monkeypatch):
     """Each of two steps, in this process."""
 
     def launch(words, processes, jobs, log):
@@ -55,7 +55,7 @@ def test_every_run_trains_and_is_measured(tmp_path, monkeypatch, small_world):
 
 
 def write_run(folder, **measured):
-    write_json(folder / "config.json", {"args": {"steps": 40, "batch_size": 30}})
+    write_lines(folder / "config.json", {"args": {"steps": 40, "batch_size": 30}})
     test = {"step": 40, "split": "test", **measured}
     write_lines(folder / "metrics.jsonl", {"step": 40, "pairs_per_s": 10.0}, test)
 

@@ -48,7 +48,7 @@ IN_THE_WORLD = [name for name in finetune.TASKS if name == "rte" or name not in 
 
 
 @pytest.mark.parametrize("task", IN_THE_WORLD)
-def test_evaluation_finds_what_the_run_said_at_its_end(task, start, small_world, tmp_path, capsys):
+def test_evaluation_finds_what_the_run_said_at_its_end(task, start, tmp_path, capsys):
     run = ["--task", task, "--init", start, "--batch-size", 32, "--epochs", 1e-9, "--eval-every", 1]
     run += ["--itm-weight", 1] if task == "retrieval" else []
     call("finetune", *run, "--out", tmp_path)
@@ -69,7 +69,7 @@ def test_evaluation_finds_what_the_run_said_at_its_end(task, start, small_world,
         assert bool((last.head["0.deviation"] == 1).all()) == (task == "classify")
 
 
-def test_the_best_step_is_kept_when_a_killed_run_resumes(start, small_world, tmp_path, monkeypatch):
+def test_the_best_step_is_kept_when_a_killed_run_resumes(start, tmp_path, monkeypatch):
     """Accuracies 10, 30, 20 at another resolution: the second is the best, and measured at the end."""
 
     def measure(self, split, device):
@@ -116,7 +116,7 @@ def test_nlvr2_on_two_processes_is_as_on_one_and_writes_what_metrics_py_reads(
     assert answer(capsys) == {"accuracy": 50 * sum(right), "consistency": 100 * all(right)}
 
 
-def test_pooler_second_image_and_head_of_a_new_task(start, small_world, tmp_path):
+def test_pooler_second_image_and_head_of_a_new_task(start, tmp_path):
     run = ["--task", "nlvr2", "--init", start, *ONE_STEP, "--lr", 1e-3, "--head-factor", 10]
     before = checkpoint.read(start).tensors
     call("finetune", *run, "--no-fresh-pooler", "--out", tmp_path / "kept")
@@ -132,7 +132,8 @@ def test_pooler_second_image_and_head_of_a_new_task(start, small_world, tmp_path
     assert (fresh["pooler.weight"] - before["pooler.weight"]).abs().max() > 0.03
 
 
-def test_a_head_keeps_the_order_of_its_choices_and_another_task_has_its_own(small_world, tmp_path):
+def test_a_head_keeps_the_order_of_its_choices_and_others_get_a_new_one(tmp_path, capsys):
+    """Another task, and other classes, as from ImageNet-22k to ImageNet-1k."""
     call("finetune", "--task", "classify", *ONE_STEP, "--out", tmp_path / "first")
     content = torch.load(tmp_path / "first/last.pt", weights_only=True)
     assert content["config"]["dim"] == 128  # from random weights, --config tiny
@@ -144,6 +145,12 @@ def test_a_head_keeps_the_order_of_its_choices_and_another_task_has_its_own(smal
         found = checkpoint.read(tmp_path / task / "last.pt")
         moved = (found.head["1.weight"] - content["head"]["1.weight"]).abs().max()
         assert (found.extra == content["extra"]) == (moved < 1e-3) == (task == "classify")
+    for name in ("train/a", "train/b", "val/a", "val/b"):
+        picture(tmp_path / "data" / name / "1.png")
+    run = ["--task", "classify", "--init", tmp_path / "other.pt", *ONE_STEP, "--batch-size", 2]
+    call("finetune", *run, "--data", tmp_path / "data", "--out", tmp_path / "new")
+    assert checkpoint.read(tmp_path / "new/last.pt").extra == {"choices": ["a", "b"]}
+    assert capsys.readouterr().out.count("with a new head") == 3  # the first, the probe's, this one
     trained = SimpleNamespace(extra={"choices": ["dog", "cat"]})
     stage = bare(classify.Classify, None, trained=trained)
     stage.set_choices(["cat", "dog"])
@@ -167,20 +174,6 @@ def test_vqa_from_its_files_to_a_submission(start, tmp_path):
     refused(call, "evaluate", *ask)  # nothing to measure, and nothing to write
     call("finetune", *run, "--trainval", "--out", tmp_path / "more")
     assert checkpoint.read(tmp_path / "more/last.pt").args["steps"] == 4
-
-
-def test_other_classes_get_a_new_head(start, tmp_path, capsys):
-    """As from ImageNet-22k to ImageNet-1k; a resumed run has the classes it had."""
-    for folder, classes in (("first", "ab"), ("second", "abc")):
-        for split in ("train", "val"):
-            for name in classes:
-                picture(tmp_path / folder / split / name / "1.png")
-    run = ["--task", "classify", *ONE_STEP, "--batch-size", 2, "--init"]
-    call("finetune", *run, start, "--data", tmp_path / "first", "--out", tmp_path / "one")
-    again = [*run, tmp_path / "one/last.pt", "--data", tmp_path / "second", "--out", tmp_path / "two"]
-    call("finetune", *again)
-    assert checkpoint.read(tmp_path / "two/last.pt").extra == {"choices": ["a", "b", "c"]}
-    assert capsys.readouterr().out.count("with a new head") == 2
 
 
 def test_zero_shot_the_class_is_that_of_the_nearest_captions(start, tmp_path, capsys):
@@ -230,7 +223,7 @@ def test_flags_that_do_not_fit_are_refused(words, stages, monkeypatch):
     assert not (stages / "runs").exists()
 
 
-def test_checkpoints_and_data_that_do_not_fit_are_refused(start, small_world, tmp_path):
+def test_checkpoints_and_data_that_do_not_fit_are_refused(start, tmp_path):
     folder, out, other = tmp_path / "data", tmp_path / "out", tmp_path / "other.pt"
     for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
         picture(folder / name / "1.png")

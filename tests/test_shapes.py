@@ -51,18 +51,18 @@ def test_scarce_scenes_have_long_tails_and_the_words_of_the_whole_world():
         refused(shapes.asked, [wrong])
 
 
-def test_a_scene_is_drawn_where_its_caption_says():
-    for layout in ("row", "column"):
-        given = scene(layout, "small red circle", "large blue ring", "small green star")
-        for seed in range(20):
-            pixels = np.asarray(shapes.draw_scene(given, 64, random.Random(seed))).astype(int)
-            centers = []
-            for color in ("red", "blue", "green"):
-                near = np.abs(pixels - shapes.COLORS[color]).max(-1) <= 16
-                assert near.sum() >= 8
-                y, x = near.nonzero()
-                centers.append(y.mean() if layout == "column" else x.mean())
-            assert np.diff(centers).min() > 10
+def test_things_are_drawn_where_their_places_and_captions_say():
+    world = shapes.World("test", 96)
+    rows, columns = np.mgrid[:96, :96]
+    for i in range(20):
+        given, places = world.scene(i), world.places(i)
+        pixels = np.asarray(world.image(i)).astype(int)
+        for thing, (x, y, radius) in zip(given["things"], places, strict=True):
+            near = np.abs(pixels - shapes.COLORS[thing["color"]]).max(-1) <= 16
+            close = (rows - y) ** 2 + (columns - x) ** 2 <= (1.2 * radius) ** 2
+            assert (near & close).sum() > 0.3 * radius**2
+        along = [place[given["layout"] == "column"] for place in places]
+        assert np.diff(along).min() > 10  # from left to right, or from top to bottom
 
 
 def test_captions_by_hand():

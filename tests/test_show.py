@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import BRIEF, FEW, SIZE, call, commands, refused
+from conftest import BRIEF, SIZE, call, commands, refused
 from files import pictures, write_lines
 from PIL import Image
 
@@ -14,28 +14,25 @@ import checkpoint
 import drawing
 import images
 import inside
-import shapes
 
 
 @pytest.fixture(scope="session")
 def trained(stages, tmp_path_factory):
     """Checkpoints of all kinds by their folder: stages, tasks, MoMo."""
     folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(shapes, "SCENES", FEW)
-        run = ["--init", stages / "vl/last.pt", "--batch-size", 8, "--epochs", 1e-9, "--eval-every", 0]
-        for task in ("vqa", "nlvr2"):
-            call("finetune", "--task", task, *run, "--out", folder / task)
-        call("train", "--stage", "momo-image", *SIZE, *BRIEF, "--out", folder / "momo-image")
-        start = ["--init", folder / "momo-image/last.pt", *BRIEF, "--max-text-len", 24]
-        call("train", "--stage", "momo-vl", *start, "--out", folder / "momo-vl")
+    run = ["--init", stages / "vl/last.pt", "--batch-size", 8, "--epochs", 1e-9, "--eval-every", 0]
+    for task in ("vqa", "nlvr2"):
+        call("finetune", "--task", task, *run, "--out", folder / task)
+    call("train", "--stage", "momo-image", *SIZE, *BRIEF, "--out", folder / "momo-image")
+    start = ["--init", folder / "momo-image/last.pt", *BRIEF, "--max-text-len", 24]
+    call("train", "--stage", "momo-vl", *start, "--out", folder / "momo-vl")
     for name in ("image", "text", "vl"):
         (folder / name).symlink_to(stages / name)
     return folder
 
 
 @pytest.fixture
-def own(tmp_path, small_world, monkeypatch):
+def own(tmp_path, monkeypatch):
     """A folder with own files, in which show.py runs: four plain images, and texts."""
     folder = tmp_path / "own"
     folder.mkdir()

@@ -112,7 +112,7 @@ def test_a_stage_trains_what_its_losses_read_and_nothing_else(kind, wanted, chan
         assert p.requires_grad != torch.equal(before[name], p), name
 
 
-def test_stages_follow_each_other(small_world, tmp_path):
+def test_stages_follow_each_other(tmp_path):
     flags = "--position relative --layer-scale 0.1 --text-reach 60 --attention separate"
     for words in stage_commands(tmp_path, *flags.split()):
         call("train", *words)

@@ -55,58 +55,16 @@ def in_parts(stage, parts):
     return found, flat(stage)
 
 
-def joined(batches):
-    """What the contrast needs of a whole step."""
-    names = "image", "text", "mask", "ids"
-    return {name: torch.cat([batch[name] for batch in batches]) for name in names}
-
-
-def in_one_graph(stage, parts):
-    """The same step with the graphs of all parts held at once, and the same drop-path."""
-    states, vectors = [], []
-    for number, (batch,) in enumerate(parts):
-        stage.seed(number)
-        vectors.append(stage.vectors(batch))
-        states.append(torch.get_rng_state())
-    image, text, scale = zip(*vectors)
-    whole = joined([batch for (batch,) in parts])
-    found = stage.compare(whole, (torch.cat(image), torch.cat(text), scale[0]))
-    total = found["itc"]
-    for number, (batch,) in enumerate(parts):
-        b = len(batch["ids"])
-        rows = {name: x[number * b :][:b] if x.dim() else x for name, x in found.items()}
-        rows["pairs"] = rows["pairs"] / len(parts)
-        torch.set_rng_state(states[number])
-        stage.vectors = lambda batch, at=number: vectors[at]
-        values = stage(batch | {"compared": rows})
-        total = total + (values["itm"] + values["mlm"]) / len(parts)
-    total.backward()
-    return total.detach(), flat(stage)
-
-
-def compare(count):
-    plain = vl().train()
-    one, expected = in_parts(plain, share(1))
-    stage = vl().train()
-    many, found = in_parts(stage, share(count))
+def test_a_step_in_parts_is_the_step_in_one_pass():
+    one, expected = in_parts(vl().train(), share(1))
+    many, found = in_parts(vl().train(), share(3))
     for name in ("itc", "itm", "mlm", "scale"):
         assert abs(one[name] - many[name]) < 1e-9
     assert expected.norm() > 1e-3 and (expected - found).norm() < 1e-9
 
-    # With drop-path, the second pass over a part drops what the first one dropped
-    stage, other = vl(drop_path=0.5).train(), vl(drop_path=0.5).train()
-    total, expected = in_one_graph(other, share(count))
-    many, found = in_parts(stage, share(count))
-    assert abs(sum(many[name] for name in ("itc", "itm", "mlm")) - total) < 1e-9
-    assert (expected - found).norm() < 1e-9 and (found - flat(plain)).norm() > 1e-3
-
-
-def test_a_step_in_parts_is_the_step_in_one_pass():
-    compare(3)
-
 
 def test_a_step_in_parts_is_the_step_in_one_pass_on_two_processes(processes):
-    processes(2, compare, 3)
+    processes(2, test_a_step_in_parts_is_the_step_in_one_pass)
 
 
 def test_gradients_of_the_whole_step_are_in_full_precision_under_autocast():
@@ -115,19 +73,21 @@ def test_gradients_of_the_whole_step_are_in_full_precision_under_autocast():
         (first,), (second,) = stage.look_ahead(share(2))
         vectors = [stage.vectors(batch)[:2] for batch in (first, second)]
     image, text = (torch.cat(column).detach().requires_grad_() for column in zip(*vectors))
-    exact = stage.compare(joined([first, second]), (image, text, stage.model.scale()))["itc"]
+    whole = {name: torch.cat([first[name], second[name]]) for name in ("image", "text", "mask", "ids")}
+    exact = stage.compare(whole, (image, text, stage.model.scale()))["itc"]
     for number, expected in enumerate(torch.autograd.grad(exact, (image, text))):
         found = torch.cat([part["compared"]["gradients"][number] for part in (first, second)]) / 2
         assert found.dtype == torch.float32 and (found - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_momo_s_second_pass_drops_what_the_first_one_dropped():
-    stage, (pairs, texts) = momo_stage_of(MoMoVL)
+@pytest.mark.parametrize("kind", [VL, MoMoVL])
+def test_the_second_pass_over_a_part_drops_what_the_first_one_dropped(kind):
+    stage, batches = momo_stage_of(kind) if kind is MoMoVL else (vl().train(), share(1)[0])
     for block in stage.model.blocks:
         block.attention_branch.drop = block.expert_branch.drop = 0.5
     seen, real = [], stage.vectors
     stage.vectors = lambda batch: seen.append(real(batch)) or seen[-1]
-    for number, batches in enumerate(stage.look_ahead([(pairs, texts)] * 2)):
+    for number, batches in enumerate(stage.look_ahead([tuple(batches)] * 2)):
         stage.seed(number)
         stage(*batches)
     for first, second in zip(seen[:2], seen[2:]):

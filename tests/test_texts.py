@@ -102,7 +102,7 @@ def test_berts_vocabulary_splits_as_bert_does(shared):
     assert pieces == ["una", "##ffa", "##ble", ",", "naive", "!"]
 
 
-def test_documents_are_lines_or_paragraphs_split_by_their_text(tmp_path, small_world):
+def test_documents_are_lines_or_paragraphs_split_by_their_text(tmp_path):
     a, b = tmp_path / "a.txt", tmp_path / "b.txt"
     a.write_text("one\nmore of it\n\n \ntwo\n")
     assert list(texts.documents(a)) == ["one more of it", "two"]

@@ -22,8 +22,6 @@ import runtime
 import train
 from texts import SPECIAL, Words
 
-pytestmark = pytest.mark.usefixtures("small_world")
-
 
 def brief(stage, stages):
     """The flags of a brief run, from "vl --init STAGES/text/last.pt"."""
@@ -120,41 +118,30 @@ def train_until(step, number, rank, *flags):
     assert getattr(ended.value, "number", None) == number
 
 
-KILLED = """
+CUT = """
 image --dvae STAGES/dvae/last.pt --eval-every 2 | vl --init STAGES/text/last.pt
 momo-text --no-cmga --amp fp16
 """
+CUTS = [(stage, None, 4, 2) for stage in commands(CUT)]  # killed, after the checkpoint of step 2
+CUTS.append(("vl --init STAGES/text/last.pt", signal.SIGTERM, 3, 3))
 
 
-@pytest.mark.parametrize("stage", commands(KILLED))
-def test_a_killed_run_resumes_bit_for_bit_with_no_other_flag(stage, stages, tmp_path):
+@pytest.mark.parametrize("stage, number, step, saved", CUTS)
+def test_a_run_that_is_cut_resumes_bit_for_bit_with_no_other_flag(stage, number, step, saved, stages, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     flags = [*brief(stage, stages), "--steps", 5, "--drop-path", 0.2, "--accumulate", 2]
     call("train", *flags, "--out", whole)
-    # After the checkpoint of step 2 and the entry of step 3; nothing is there yet to be resumed
-    train_until(4, None, 0, *flags, "--out", parts, "--resume")
-    assert checkpoint.read(parts / "last.pt").step == 2 and metrics(parts)[-1]["step"] == 3
+    train_until(step, number, 0, *flags, "--out", parts, "--resume")  # nothing is there yet to be resumed
+    assert checkpoint.read(parts / "last.pt").step == saved and metrics(parts)[-1]["step"] == 3
     call("train", "--out", parts, "--resume")
     assert_same_run(whole, parts)
-
-
-STOPPED = [*SIZE, *BRIEF, "--save-every", 100, "--steps", 6, "--keep-previous"]
-
-
-def test_a_signal_ends_a_run_after_its_step_and_loses_nothing(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    call("train", *STOPPED, "--out", whole)
-    train_until(3, signal.SIGTERM, 0, *STOPPED, "--out", parts)
-    assert checkpoint.read(parts / "last.pt").step == 3
-    call("train", "--out", parts, "--resume")
-    assert_same_run(whole, parts)
-    assert checkpoint.read(parts / "previous.pt").step == 3
 
 
 def test_one_of_two_processes_gets_a_signal_both_stop_and_torchrun_resumes(processes, tmp_path):
     """One step later, because they have to agree."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = [*STOPPED, "--accumulate", 2, "--drop-path", 0.2, "--data", pictures(tmp_path / "data"), "--out"]
+    flags = [*SIZE, *BRIEF, "--save-every", 100, "--steps", 6, "--keep-previous", "--accumulate", 2]
+    flags += ["--drop-path", 0.2, "--data", pictures(tmp_path / "data"), "--out"]
     processes(2, call, "train", *flags, whole, group=False)
     processes(2, train_until, 3, signal.SIGTERM, 1, *flags, parts, group=False)
     assert checkpoint.read(parts / "last.pt").step == 4
@@ -182,24 +169,19 @@ def test_a_stopped_script_has_its_line_and_status(tmp_path):
 
 
 def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
-    run = ["--out", tmp_path, "--resume"]
-    call("train", *SIZE, *BRIEF, "--out", tmp_path)
+    """Flags, and how many samples the data have."""
+    folder, out = pictures(tmp_path / "data", count=8), tmp_path / "out"
+    run = ["--out", out, "--resume"]
+    call("train", *SIZE, *BRIEF, "--data", folder, "--out", out)
     for flags in (["--lr", 1e-4], ["--steps", 6], ["--batch-size", 4], ["--seed", 1]):
         refused(call, "train", *run, *flags, says=flags[0])
     call("train", *run, "--log-every", 2)
-    call("train", *run, "--steps", 6, "--lr", 1e-4, "--allow-changes")
-    now = json.loads((tmp_path / "config.json").read_text())
-    assert now["args"]["lr"] == 1e-4 and [entry["args"]["lr"] for entry in now["earlier"]] == [1e-3, 1e-3]
-    assert checkpoint.read(tmp_path / "last.pt").step == 6
-
-
-def test_a_run_whose_data_has_grown_is_told_and_goes_on_if_it_may(tmp_path):
-    folder, out = pictures(tmp_path / "data", count=8), tmp_path / "out"
-    call("train", *SIZE, *BRIEF, "--data", folder, "--out", out)
     pictures(folder, count=9)
-    refused(call, "train", "--out", out, "--resume", "--steps", 6, says=r"samples \[16\] → \[18\]")
+    refused(call, "train", *run, says=r"samples \[16\] → \[18\]")
     assert len(metrics(out)) == 4
-    call("train", "--out", out, "--resume", "--steps", 6, "--allow-changes")
+    call("train", *run, "--steps", 6, "--lr", 1e-4, "--allow-changes")
+    now = json.loads((out / "config.json").read_text())
+    assert now["args"]["lr"] == 1e-4 and [entry["args"]["lr"] for entry in now["earlier"]] == [1e-3, 1e-3]
     assert [entry["step"] for entry in metrics(out)] == [1, 2, 3, 4, 5, 6]
 
 

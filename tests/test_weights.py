@@ -127,7 +127,7 @@ def test_a_checkpoint_computes_what_the_released_file_did(number, name, convert,
         assert found[key].sum().item() == pytest.approx(wanted["sum"], rel=1e-4, abs=1e-3)
 
 
-def test_imported_tasks_are_evaluated_and_fine_tuned(convert, small_world, tmp_path):
+def test_imported_tasks_are_evaluated_and_fine_tuned(convert, tmp_path):
     file, out = tmp_path / "released.pt", tmp_path / "out.pt"
     vocab, answers = ["--vocab", vocabulary(tmp_path)], ["--answers", tmp_path]
     torch.save(released("vqa-relative"), file)
