@@ -9,7 +9,6 @@ one of another kind), and reads it. The same seed gives the same cases.
 import argparse
 import collections
 import contextlib
-import csv
 import functools
 import io
 import json
@@ -66,14 +65,46 @@ def records(source):
     return [source[i] for i in range(len(source))]
 
 
-@reader("manifest of pairs", "train.jsonl")
-def manifest(folder):
-    lines = []
-    for name in "ab":
-        picture(folder / f"{name}.png")
-        lines.append({"image": f"{name}.png", "captions": ["a dog", "dogs"], "item": name})
-    write_lines(folder / "train.jsonl", *lines)
-    return lambda: records(sources.pictures([folder], "train", 8))
+def pairs(path):
+    return records(sources.pictures([path.parent], "train", 8))
+
+
+def encoded(path):
+    return texts.Words(texts.load_tokenizer(path), 8).encode("a dog")
+
+
+PAIRS = [{"image": f"{name}.png", "captions": ["a dog", "dogs"], "item": name} for name in "ab"]
+TABLE = ["filepath,title", "a.png,a dog", 'a.png,"""dogs"""', "b.png,a cat"]
+QUESTION = {"image": "a.png", "question": "What?", "answers": ["a", "b"]}
+STATEMENT = {"images": ["a.png"] * 2, "sentence": "Red.", "label": True}
+FILMS = ["sentence\tlabel", "good film\t1", "bad film\t0"]
+WORDS = texts.wordpiece({piece: i for i, piece in enumerate([*texts.SPECIAL, "a", "dog"])})
+LINES = {  # kind: the file that is damaged, its lines, what reads it; a.png and b.png are there, too
+    "manifest of pairs": ("train.jsonl", PAIRS, pairs),
+    "csv": ("train.csv", TABLE, pairs),
+    "tsv": ("train.tsv", [line.replace(",", "\t") for line in TABLE], pairs),
+    "own questions": ("train.jsonl", [QUESTION], lambda path: records(vqa.read([path.parent], "train", 8))),
+    "own statements": ("train.jsonl", [STATEMENT], lambda path: records(nlvr2.read([path.parent], "train", 8))),
+    "GLUE's sentences": ("SST-2/train.tsv", FILMS, lambda path: records(glue.SST2.read([path.parents[1]], "train"))),
+    "text": ("a.txt", ["one", "", "two", "lines"], lambda path: list(texts.read_documents([path]))),
+    "vocabulary": ("vocab.txt", [*texts.SPECIAL, "a", "##b", "dog"], encoded),
+    "tokenizer": ("tokenizer.json", [WORDS.to_str()], encoded),
+    "metrics.jsonl": ("metrics.jsonl", [{"step": 5, "itc": 0.5}, {"step": 9, "itc": 0.25}], log.read_metrics),
+}
+
+
+def reader_of_lines(file, lines, read):
+    def write(folder):
+        for name in "ab":
+            picture(folder / f"{name}.png")
+        write_lines(folder / file, *lines)
+        return functools.partial(read, folder / file)
+
+    return write
+
+
+for kind, (file, lines, read) in LINES.items():
+    READERS[kind] = file, reader_of_lines(file, lines, read)
 
 
 @reader("Karpathy's file", "dataset_coco.json")
@@ -81,21 +112,6 @@ def karpathys(folder):
     picture(folder / "val2014/a.jpg")
     karpathy(folder, entry("a.jpg", "train", "a dog", filepath="val2014"))
     return lambda: records(sources.pictures([folder], "train", 8))
-
-
-@reader("csv", "train.csv")
-def table(folder, ending=".csv", delimiter=","):
-    for name in "ab":
-        picture(folder / f"{name}.png")
-    rows = [["filepath", "title"], ["a.png", "a dog"], ["a.png", '"dogs"'], ["b.png", "a cat"]]
-    with open(folder / f"train{ending}", "w", newline="") as file:
-        csv.writer(file, delimiter=delimiter).writerows(rows)
-    return lambda: records(sources.pictures([folder], "train", 8))
-
-
-@reader("tsv", "train.tsv")
-def table_with_tabs(folder):
-    return table(folder, ".tsv", "\t")
 
 
 @reader("shard", "train/0.tar")
@@ -129,56 +145,10 @@ def official_questions(folder):
     return lambda: records(vqa.read([folder], "train", 8))
 
 
-@reader("own questions", "train.jsonl")
-def own_questions(folder):
-    picture(folder / "a.png")
-    write_lines(folder / "train.jsonl", {"image": "a.png", "question": "What?", "answers": ["a", "b"]})
-    return lambda: records(vqa.read([folder], "train", 8))
-
-
 @reader("NLVR2's statements", "train.json")
 def statements(folder):
     files.nlvr2(folder, "train", "train.json")
     return lambda: records(nlvr2.read([folder], "train", 8))
-
-
-@reader("own statements", "train.jsonl")
-def own_statements(folder):
-    picture(folder / "a.png")
-    write_lines(folder / "train.jsonl", {"images": ["a.png"] * 2, "sentence": "Red.", "label": True})
-    return lambda: records(nlvr2.read([folder], "train", 8))
-
-
-@reader("GLUE's sentences", "SST-2/train.tsv")
-def sentences(folder):
-    (folder / "SST-2").mkdir()
-    (folder / "SST-2/train.tsv").write_text("sentence\tlabel\ngood film\t1\nbad film\t0\n")
-    return lambda: records(glue.TASKS["sst-2"].read([folder], "train"))
-
-
-@reader("text", "a.txt")
-def text(folder):
-    (folder / "a.txt").write_text("a document\n\nanother one\nof two lines\n")
-    return lambda: list(texts.read_documents([folder / "a.txt"]))
-
-
-@reader("vocabulary", "vocab.txt")
-def vocabulary(folder):
-    (folder / "vocab.txt").write_text("\n".join([*texts.SPECIAL, "a", "##b", "dog"]))
-    return lambda: texts.Words(texts.load_tokenizer(folder / "vocab.txt"), 8).encode("a dog")
-
-
-@reader("tokenizer", "tokenizer.json")
-def tokenizer(folder):
-    words = texts.wordpiece({piece: i for i, piece in enumerate([*texts.SPECIAL, "a", "dog"])})
-    (folder / "tokenizer.json").write_text(words.to_str())
-    return lambda: texts.Words(texts.load_tokenizer(folder / "tokenizer.json"), 8).encode("a dog")
-
-
-@reader("metrics.jsonl", "metrics.jsonl")
-def metrics(folder):
-    write_lines(folder / "metrics.jsonl", {"step": 5, "itc": 0.5}, {"step": 9, "itc": 0.25})
-    return lambda: log.read_metrics(folder / "metrics.jsonl")
 
 
 @reader("checkpoint", "last.pt")

@@ -78,6 +78,11 @@ def test_official_files_are_read(task, tmp_path):
     target = [kind.target(kind, source[i]).item() for i in range(len(source))]
     assert target == pytest.approx(list(range(len(labels))) if kind.labels else [3.2, 0.5])
     refused(kind.read, [str(tmp_path)], "train", error=data.Absent)
+    write(tmp_path, task, kind.files["val"], [*labels, "x" * 200_000])  # more than csv reads
+    refused(kind.read, [str(tmp_path)], "val", says=f"{kind.files['val']}, line")
+    if not kind.labels:
+        write(tmp_path, task, kind.files["val"], ["many"])
+        refused(kind.read, [str(tmp_path)], "val", says="line 2: .*many")
 
 
 def test_two_texts_have_a_separator_and_the_longer_is_cut():

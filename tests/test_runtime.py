@@ -176,3 +176,17 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
     runtime.refuse_output("--out", tmp_path / "new.png")
     for path in (tmp_path, tmp_path / "absent/x.png"):
         refused(runtime.refuse_output, "--out", path)
+
+
+def no_answer():
+    raise runtime.UserError("there is no vocabulary")
+
+
+def ask_process_0():
+    run = runtime.Runtime()
+    assert run.from_main(lambda: run.rank) == 0
+    refused(run.from_main, no_answer, says="no vocabulary")
+
+
+def test_all_processes_have_the_answer_or_the_error_of_the_first(processes):
+    processes(2, ask_process_0, group=False)

@@ -61,7 +61,7 @@ def test_excluded_pictures_are_left_out_of_training_only(tmp_path):
     for split in ("train", "test"):
         manifest(tmp_path, *(GOOD | {"image": f"{name}.png"} for name in "abc"), split=split)
     names = tmp_path / "names.txt"
-    names.write_text("b.png\nother.png\n")
+    names.write_text("\ufeffb.png\nother.png\n")
     found = sources.read_pictures(options(tmp_path, ["train", "test"], names), 8)
     left = [os.path.basename(found["train"][i].image) for i in range(len(found["train"]))]
     assert left == ["a.png", "c.png"] and len(found["test"]) == 3
