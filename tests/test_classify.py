@@ -14,6 +14,7 @@ import classify
 import data
 import losses
 from classify import Probe, Standardise, WorldClasses, read
+from glue import RTE, WorldEntailment
 from mome import VLMo, classifier
 from nlvr2 import NLVR2, WorldStatements
 from shapes import World
@@ -37,18 +38,25 @@ def test_classes_are_folders_or_name_the_first_thing_of_a_scene(tmp_path):
         assert read(["shapes"], "train", 8)[i].label == " ".join(caption.split()[2:4])
 
 
-def random_stage(kind, inputs=32, outputs=7, **more):
+def random_stage(kind, inputs=32, **more):
     torch.manual_seed(3)  # its answers differ
-    config = replace(SMALL, dim=32, layers=2, heads=2, patch_size=8, vocab_size=200, position="relative")
-    return shaken(bare(kind, VLMo(config), head=classifier(config, inputs, outputs), **more), 0.3)
+    config = replace(SMALL, dim=32, layers=2, heads=2, patch_size=8, vocab_size=200, max_text_len=56)
+    config = replace(config, position="relative")
+    return shaken(bare(kind, VLMo(config), head=classifier(config, inputs, 40), **more), 0.3)
 
 
-def answers(kind, batch, length=24):
+TWENTY = {  # samples, and a length that no text has
+    VQA: (WorldQuestions("val", 16, count=5), 22),
+    NLVR2: (WorldStatements("val", 16, count=5), 22),
+    RTE: (WorldEntailment("val", 16, count=20), 54),
+}
+
+
+def answers(kind, batch, padding=2):
     """The answers to twenty samples, and the logits behind those of this process."""
-    words = Words(train_tokenizer_once(World("train", 0).corpus()[-400:], 200), length)
-    stage = random_stage(kind, 64 if kind is NLVR2 else 32, words=words)
-    source = (WorldStatements if kind is NLVR2 else WorldQuestions)("val", 16, count=5)
-    seen = []
+    source, length = TWENTY[kind]
+    words = Words(train_tokenizer_once(World("train", 0).corpus()[-400:], 200), length + padding)
+    stage, seen = random_stage(kind, 64 if kind is NLVR2 else 32, words=words), []
     stage.head.register_forward_hook(lambda module, inputs, out: seen.extend(out))
     numbers = [number for part in data.shard(20, batch) for number in part]
     return [stage.answers(source, CPU, batch), dict(zip(numbers, seen))]
@@ -71,7 +79,7 @@ def standardised():
 
 def everything():
     classify.PICTURES = 16
-    return {"vqa": answers(VQA, 3), "nlvr2": answers(NLVR2, 3), "features": standardised()}
+    return {"features": standardised()} | {kind.__name__: answers(kind, 3) for kind in TWENTY}
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +88,11 @@ def many(processes):
     return processes(3, everything)
 
 
-@pytest.mark.parametrize("kind, name", [(VQA, "vqa"), (NLVR2, "nlvr2")])
-def test_predictions_depend_on_no_batch_no_padding_and_no_number_of_processes(kind, name, many):
+@pytest.mark.parametrize("kind", TWENTY)
+def test_predictions_depend_on_no_batch_no_padding_and_no_number_of_processes(kind, many):
     predicted, whole = answers(kind, 20)
     assert len(predicted) == len(whole) == 20 and len(set(predicted)) > 1
-    for other, some in [answers(kind, 3, length=22), *(found[name] for found in many)]:
+    for other, some in [answers(kind, 3, padding=0), *(found[kind.__name__] for found in many)]:
         assert other == predicted and len(some) >= 6
         for number in some:
             torch.testing.assert_close(some[number], whole[number], atol=1e-5, rtol=1e-4)
