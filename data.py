@@ -133,7 +133,11 @@ class Images(Dataset):
                     self.named.add(str(error))
         else:  # an error in a loader process would end in a traceback: the Loader raises it
             return {"unreadable": torch.tensor(IN_A_ROW)}
-        sample = self.sample(index, i, image, rng)
+        sample, views = self.sample(index, i, rng), []  # words are masked first, then images augmented
+        for side in image if isinstance(image, tuple) else (image,):
+            view = augment(side, self.image_size, rng, self.augmentation, self.flip)
+            views.append(to_tensor(view))
+        sample["image"] = torch.stack(views) if isinstance(image, tuple) else views[0]
         if self.hide:
             sample["hidden"] = self.hide(rng)
         return sample | {"unreadable": torch.tensor(unreadable)}
@@ -142,14 +146,9 @@ class Images(Dataset):
         """The number of a sample's picture."""
         return index
 
-    def sample(self, index, i, image, rng):
-        """What a sample holds, of picture i, its own or a replacement."""
-        return {"image": self.view(image, rng)}
-
-    def view(self, image, rng):
-        if isinstance(image, tuple):
-            return torch.stack([self.view(one, rng) for one in image])
-        return to_tensor(augment(image, self.image_size, rng, self.augmentation, self.flip))
+    def sample(self, index, i, rng):
+        """What a sample holds besides, of picture i, its own or a replacement."""
+        return {}
 
 
 class Pairs(Images):
@@ -168,15 +167,14 @@ class Pairs(Images):
     def picture(self, index):
         return int(self.ends.searchsorted(index, side="right"))
 
-    def sample(self, index, i, image, rng):
+    def sample(self, index, i, rng):
         picture = self.source[i]
         number = self.ends[self.picture(index)] - 1 - index
         caption = picture.captions[number % len(picture.captions)]  # a replacement may have fewer
         text, mask = self.words.encode(caption)
         masked, labels = self.words.mask_words(text, rng)
         ids = torch.tensor([stable_hash(picture.item), stable_hash(caption)])
-        image = self.view(image, rng)
-        return {"image": image, "text": text, "mask": mask, "masked": masked, "labels": labels, "ids": ids}
+        return {"text": text, "mask": mask, "masked": masked, "labels": labels, "ids": ids}
 
 
 class Examples(Images):
@@ -188,9 +186,9 @@ class Examples(Images):
         super().__init__(source, image_size, args, usual)
         self.words, self.target = words, target
 
-    def sample(self, index, i, image, rng):
+    def sample(self, index, i, rng):
         record = self.source[i]
-        sample = {"image": self.view(image, rng), "target": self.target(record)}
+        sample = {"target": self.target(record)}
         if self.words:
             sample["text"], sample["mask"] = self.words.encode(record.text)
         return sample

@@ -33,7 +33,8 @@ def attention_of(model):
     def written_out(attention, inputs, output):
         x, kind, T, mask, positions, _ = inputs
         routers = attention.query, attention.key, attention.value
-        q, k, v = (attention.split_heads(router(x, kind, T)) for router in routers)  # (B, H, S, D/H)
+        q, k, v = (router(x, kind, T).unflatten(-1, (attention.heads, -1)) for router in routers)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, S, D/H)
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, S, S)
         if positions is not None:
             scores = scores + scores_of(*positions)

@@ -119,11 +119,6 @@ class GivenGradients(torch.autograd.Function):
 # ---- Image-text contrast -------------------------------------------------------------------------
 
 
-def own_columns(b, device):
-    """(b,): the column of each local row's own partner among the B gathered ones."""
-    return rank() * b + torch.arange(b, device=device)
-
-
 def same_pairs(ids):
     """ids (b, K) int64: what makes two pairs the same, say (item, caption) → (b, B) bool: those
     that share any.
@@ -144,7 +139,7 @@ def similarities(image, text, scale):
 def itc_loss(i2t, t2i, same):
     """Cross-entropy of Eq. (4), both ways averaged. i2t, t2i, same (b, B): the same pairs but the
     own are left out."""
-    own = own_columns(len(same), same.device)
+    own = rank() * len(same) + torch.arange(len(same), device=same.device)  # (b,): each row's own column
     left_out = same.scatter(1, own[:, None], False)
     i2t, t2i = (scores.masked_fill(left_out, -math.inf) for scores in (i2t, t2i))
     return (F.cross_entropy(i2t, own) + F.cross_entropy(t2i, own)) / 2
@@ -158,8 +153,8 @@ def candidates(same, negatives):
     (Table 6)."""
     if negatives == "global":
         return ~same
-    own = own_columns(len(same), same.device)
-    local = torch.zeros_like(same).index_fill(1, own, True)
+    b, local = len(same), torch.zeros_like(same)
+    local[:, rank() * b : (rank() + 1) * b] = True  # this process's pairs
     return ~same & local
 
 

@@ -110,20 +110,16 @@ class Attention(nn.Module):
         mask: None, or a mask of keys (B, 1, 1, S), True = may be read. positions: None, or relative
         ones, a table (H, P) and an index (S, S) into it.
         """
-        x = in_precision(x)
-        q = self.split_heads(self.query(x[:, :rows], kind, T))  # (B, H, R, D/H)
-        k = self.split_heads(self.key(x, kind, T))  # (B, H, S, D/H)
-        v = self.split_heads(self.value(x, kind, T))
+        x, heads = in_precision(x), (self.heads, -1)
+        q = self.query(x[:, :rows], kind, T).unflatten(-1, heads).transpose(1, 2)  # (B, H, R, D/H)
+        k = self.key(x, kind, T).unflatten(-1, heads).transpose(1, 2)  # (B, H, S, D/H)
+        v = self.value(x, kind, T).unflatten(-1, heads).transpose(1, 2)
         if positions is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R, D/H)
         else:
             table, index = positions
             y = RelativeAttention.apply(q, k, v, table, index[:rows], mask)
         return self.out(y.transpose(1, 2).flatten(2), kind, T)
-
-    def split_heads(self, y):
-        """(B, ·, D) → (B, H, ·, D/H)."""
-        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class Expert(nn.Module):

@@ -3,7 +3,6 @@
 Shape letters as in momo.py.
 """
 
-import dataclasses
 import functools
 import random
 
@@ -28,11 +27,8 @@ class MoMo:
     encoder, decoders, and the losses of one modality."""
 
     betas, weight_decay, decay = (0.9, 0.95), 0.05, "cosine"
+    architecture = dict(experts="shared", drop_path=0.0)  # MAE has no drop-path here
     pictures = texts = {}  # {split: what its hidden patches and hidden words are measured on}
-
-    @staticmethod
-    def architecture(base):
-        return dataclasses.replace(base, experts="shared", drop_path=0.0)  # MAE has no drop-path here
 
     def set_up(self, args, config, start, modalities):
         """Builds the encoder, and a new decoder per modality, unless a run of this stage is resumed.
@@ -117,7 +113,7 @@ def check_two(args, unused):
 
 def check_one_world(flag, paths, other, others):
     """UserError if one of two flags names files, and the other the built-in world."""
-    if bool(shapes.asked(paths)) != bool(shapes.asked(others)):
+    if shapes.asked(paths) != shapes.asked(others):
         raise UserError(f"--{flag} and --{other}: name both, or leave both to the built-in world")
 
 

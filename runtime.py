@@ -139,14 +139,10 @@ class Runtime:
             places = dict(store=store, rank=self.rank, world_size=self.world)
             dist.init_process_group(backend, timeout=WHILE_READING, **places)
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+        self.autocast = functools.partial(torch.autocast, self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def wrap(self, stage):
-        """The stage in DDP if there are other processes, else the stage itself."""
-        if self.world == 1:
-            return stage
+        """The stage in DDP."""
         model = nn.parallel.DistributedDataParallel(
             stage,
             device_ids=[self.device] if self.device.type == "cuda" else None,
@@ -243,10 +239,10 @@ def workers(device, count=None, loaders=1):
     """The arguments of a DataLoader that say how many processes it forks. count: None, its share of the
     cores that this process may use, but one; on a CPU 0, because they would take the cores that
     compute. loaders: how many there are."""
-    if count is None:
+    if count is None and torch.device(device).type == "cuda":
         share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
-        count = max(1, share // loaders) if torch.device(device).type == "cuda" else 0
-    return {"num_workers": count, "multiprocessing_context": "fork" if count else None}
+        count = max(1, share // loaders)
+    return {"num_workers": count or 0, "multiprocessing_context": "fork" if count else None}
 
 
 def cores():

@@ -28,6 +28,10 @@ COLORS = {
 BACKGROUND = (240, 240, 240)  # of all scenes: a shade of its own would tell pictures apart without a word
 SIZES = {"small": 0.62, "large": 1.0}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+CORNERS = {  # of a shape, clockwise from the top: distance from its middle, in radii, and angle
+    "triangle": [(1.1, 2 * math.pi * k / 3) for k in range(3)],
+    "star": [((1.1, 0.45)[k % 2], 2 * math.pi * k / 10) for k in range(10)],
+}
 LAYOUTS = {  # two things: before, after; three things: forwards, backwards
     "row": ("left of", "right of", "from left to right", "from right to left"),
     "column": ("above", "below", "from top to bottom", "from bottom to top"),
@@ -38,15 +42,8 @@ TIMES = 4  # questions per scene, and pairs of images per statement
 
 
 def asked(paths):
-    """How many training scenes --data asks for, by "shapes" or "shapes:N"; 0 if it names files."""
-    name, colon, count = str(paths[0]).partition(":")
-    if len(paths) > 1 or name != "shapes":
-        return 0
-    if not colon:
-        return SCENES["train"]
-    if not count.isdecimal() or int(count) == 0:
-        raise UserError(f"--data {paths[0]}: shapes:N has N scenes to train on, 1 or more")
-    return int(count)
+    """Whether --data asks for the built-in world, and names no files."""
+    return World.read(paths, "train", 0) is not None
 
 
 class World:
@@ -71,9 +68,13 @@ class World:
     def read(cls, paths, split, image_size):
         """The split of the world that --data asks for; None if it names files. shapes:N: of training, N
         scarce scenes; val and test are those of the whole world."""
-        count = asked(paths)
-        scarce = split == "train" and ":" in str(paths[0])
-        return cls(split, image_size, count if scarce else None, scarce) if count else None
+        name, colon, count = str(paths[0]).partition(":")
+        if len(paths) > 1 or name != "shapes":
+            return None
+        if colon and (not count.isdecimal() or int(count) == 0):
+            raise UserError(f"--data {paths[0]}: shapes:N has N scenes to train on, 1 or more")
+        scarce = split == "train" and bool(colon)
+        return cls(split, image_size, int(count) if scarce else None, scarce)
 
     def __len__(self):
         return self.per_scene * self.count
@@ -174,8 +175,20 @@ def draw_scene(scene, size, rng):
     """The scene as an RGB image (size, size); places, sizes and colors vary a little at random."""
     canvas = 2 * size  # drawn twice as large, then averaged: smooth edges
     image = Image.new("RGB", (canvas, canvas), BACKGROUND)
-    for thing in arrange(scene, canvas, rng):
-        draw_shape(ImageDraw.Draw(image), *thing)
+    draw = ImageDraw.Draw(image)
+    for shape, x, y, r, color in arrange(scene, canvas, rng):
+        if shape == "circle":
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=color)
+        elif shape == "ring":
+            draw.ellipse((x - r, y - r, x + r, y + r), outline=color, width=max(1, round(0.35 * r)))
+        elif shape == "square":
+            draw.rectangle((x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r), fill=color)
+        elif shape == "cross":
+            draw.rectangle((x - r, y - 0.32 * r, x + r, y + 0.32 * r), fill=color)
+            draw.rectangle((x - 0.32 * r, y - r, x + 0.32 * r, y + r), fill=color)
+        else:
+            corners = CORNERS[shape]
+            draw.polygon([(x + far * r * math.sin(a), y - far * r * math.cos(a)) for far, a in corners], fill=color)
     return image.reduce(2)
 
 
@@ -192,46 +205,11 @@ def arrange(scene, size, rng):
     return things
 
 
-def draw_shape(draw, shape, x, y, r, color):
-    """Draws a shape around (x, y) within a circle of radius about r, in pixels."""
-    if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=color)
-    elif shape == "ring":
-        draw.ellipse((x - r, y - r, x + r, y + r), outline=color, width=max(1, round(0.35 * r)))
-    elif shape == "square":
-        draw.rectangle((x - 0.88 * r, y - 0.88 * r, x + 0.88 * r, y + 0.88 * r), fill=color)
-    elif shape == "triangle":
-        draw.polygon(corners(x, y, 3, 1.1 * r), fill=color)
-    elif shape == "star":
-        draw.polygon(corners(x, y, 10, 1.1 * r, 0.45 * r), fill=color)
-    elif shape == "cross":
-        draw.rectangle((x - r, y - 0.32 * r, x + r, y + 0.32 * r), fill=color)
-        draw.rectangle((x - 0.32 * r, y - r, x + 0.32 * r, y + r), fill=color)
-
-
-def corners(x, y, count, *radii):
-    """Corners around (x, y), clockwise from the top; the radii take turns."""
-    found = []
-    for k in range(count):
-        radius, angle = radii[k % len(radii)], 2 * math.pi * k / count
-        found.append((x + radius * math.sin(angle), y - radius * math.cos(angle)))
-    return found
-
-
 # ---- Questions and statements --------------------------------------------------------------------
 
 
-class Trait:
-    """What a thing is by some of its properties: a text such as "red shape", and count(scene) of
-    such things."""
-
-    def __init__(self, thing, *names):
-        self.wanted = {name: thing[name] for name in names}
-        noun = () if "shape" in names else ("shape",)
-        self.text = " ".join([*self.wanted.values(), *noun])
-
-    def count(self, scene):
-        return sum((thing | self.wanted) == thing for thing in scene["things"])
+def colors_of(scene):
+    return {thing["color"] for thing in scene["things"]}
 
 
 def with_article(noun):
@@ -240,50 +218,44 @@ def with_article(noun):
 
 def ask(scene, rng):
     """A question about a scene: (text, answer, type of the answer as in VQA 2.0)."""
-    kind = rng.choice(("yes/no", "number", "other"))
+    things, kind = scene["things"], rng.choice(("yes/no", "number", "other"))
+
+    # Whether a color is there; as often yes as no
     if kind == "yes/no":
-        return *ask_whether(scene, rng), kind
+        present, answer = colors_of(scene), rng.choice(("yes", "no"))
+        color = rng.choice([color for color in COLORS if (color in present) == (answer == "yes")])
+        return f"is there {with_article(f'{color} shape')}?", answer, kind
+
+    # How many things there are, or how many of a color or a shape
     if kind == "number":
-        return *ask_how_many(scene, rng), kind
-    return *ask_which(scene, rng), kind
+        like = rng.choice(things) if rng.random() < 0.6 else make_thing(rng)
+        color, shape = like["color"], like["shape"]
+        wanted, noun = rng.choice((({}, "shape"), ({"color": color}, f"{color} shape"), ({"shape": shape}, shape)))
+        plural = f"{noun}es" if noun[-1] == "s" else f"{noun}s"
+        number = sum((thing | wanted) == thing for thing in things)
+        return f"how many {plural} are there?", str(number), kind
 
-
-def ask_whether(scene, rng):
-    """Whether a color is there; as often yes as no."""
-    colors, answer = {thing["color"] for thing in scene["things"]}, rng.choice(("yes", "no"))
-    color = rng.choice([color for color in COLORS if (color in colors) == (answer == "yes")])
-    return f"is there {with_article(f'{color} shape')}?", answer
-
-
-def ask_how_many(scene, rng):
-    thing = rng.choice(scene["things"]) if rng.random() < 0.6 else make_thing(rng)
-    trait = Trait(thing, *rng.choice(((), ("color",), ("shape",))))
-    plural = f"{trait.text}{'es' if trait.text[-1] == 's' else 's'}"
-    return f"how many {plural} are there?", str(trait.count(scene))
-
-
-def ask_which(scene, rng):
-    """The color, shape or size of a thing, which is named by another property or by its place."""
-    things, wanted = scene["things"], rng.choice(("color", "shape", "size"))
-    thing = rng.choice(things)
-    trait = Trait(thing, rng.choice([name for name in ("color", "shape") if name != wanted]))
-    name = trait.text
-    if rng.random() < 0.5 or trait.count(scene) > 1:
+    # The color, shape or size of a thing, which is named by another property or by its place
+    about, thing = rng.choice(("color", "shape", "size")), rng.choice(things)
+    by = rng.choice([name for name in ("color", "shape") if name != about])
+    noun = thing["shape"] if by == "shape" else f"{thing['color']} shape"
+    alike = sum(other[by] == thing[by] for other in things)
+    if rng.random() < 0.5 or alike > 1:
         end = rng.choice((0, -1))
-        thing, name = things[end], f"shape {ENDS[scene['layout']][end]}"
-    return f"what {wanted} is the {name}?", thing[wanted]
+        thing, noun = things[end], f"shape {ENDS[scene['layout']][end]}"
+    return f"what {about} is the {noun}?", thing[about], kind
 
 
 def state(rng, kind="any"):
     """A statement about two scenes of things of a kind: (text, holds), holds(left, right) → bool."""
-    trait = Trait(make_thing(rng, kind), "color")
+    color = make_thing(rng, kind)["color"]
     side, total = rng.choice((0, 1)), rng.choice((4, 5, 6))
-    name, number, what = ("left", "right")[side], {4: "four", 5: "five", 6: "six"}[total], with_article(trait.text)
+    name, number, what = ("left", "right")[side], {4: "four", 5: "five", 6: "six"}[total], with_article(f"{color} shape")
     kinds = [  # how often it comes, the statement, what it means
-        (3, f"the {name} image shows {what}.", lambda *scenes: trait.count(scenes[side]) > 0),
-        (2, f"both images show {what}.", lambda *scenes: all(map(trait.count, scenes))),
-        (2, f"neither image shows {what}.", lambda *scenes: not any(map(trait.count, scenes))),
-        (1, f"only one image shows {what}.", lambda *scenes: sum(trait.count(scene) > 0 for scene in scenes) == 1),
+        (3, f"the {name} image shows {what}.", lambda *scenes: color in colors_of(scenes[side])),
+        (2, f"both images show {what}.", lambda left, right: color in colors_of(left) & colors_of(right)),
+        (2, f"neither image shows {what}.", lambda left, right: color not in colors_of(left) | colors_of(right)),
+        (1, f"only one image shows {what}.", lambda left, right: color in colors_of(left) ^ colors_of(right)),
         (1, f"the images show {number} shapes in all.", lambda *scenes: sum(map(size, scenes)) == total),
         (1, f"the {name} image shows more shapes.", lambda *scenes: size(scenes[side]) > size(scenes[1 - side])),
     ]

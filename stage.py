@@ -43,6 +43,7 @@ class Stage(nn.Module):
 
     unit = "pairs"  # what a sample is
     betas, weight_decay, decay = (0.9, 0.98), 0.01, "linear"  # AdamW, learning rate (Section 4.1)
+    architecture = {}  # fields of the Config that a run of this stage starts with
     best = None  # of a task: the number that decides which step is kept as best.pt
     takes_turns = False  # whether some steps train only a part of the parameters
     head_factor = 1.0  # of the learning rate of the head
@@ -58,11 +59,6 @@ class Stage(nn.Module):
         self.tokenizer = None
         self.origin = {}  # {group of tensors: how it came from a checkpoint}, see checkpoint.fit
         self.extra = {}  # what a checkpoint holds besides
-
-    @staticmethod
-    def architecture(base):
-        """The Config that a run of this stage starts from."""
-        return base
 
     def note(self, args, run):
         """What a run says of this stage when it starts."""

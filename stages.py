@@ -134,6 +134,8 @@ def nearest_visible(codes, hidden):
 
 # ---- Stage text ----------------------------------------------------------------------------------
 
+FRESH = "experts that --init lacks start from random weights, as released, not from the vision expert"
+
 
 class Text(Stage):
     """Masked language modeling on text only: the language experts are trained, the attention and
@@ -148,7 +150,8 @@ class Text(Stage):
 
     @staticmethod
     def flags(parser, base):
-        fresh_flag(parser.add_argument_group("stage text"))
+        group = parser.add_argument_group("stage text")
+        group.add_argument("--fresh-experts", action="store_true", help=FRESH)
         data.flags(parser, text=True)
         config_flags(parser, base)
 
@@ -184,11 +187,6 @@ class Text(Stage):
         return masked_words(self.predict, self.sources[split], self.sources["train"], device)
 
 
-def fresh_flag(group):
-    fresh = "experts that --init lacks start from random weights, as released, not from the vision expert"
-    group.add_argument("--fresh-experts", action="store_true", help=fresh)
-
-
 def language_part(model):
     """What stage text trains, as released. (No text reads the image rows of types and table; their
     gradient is zero, and weight decay leaves these two alone: they stay.)"""
@@ -220,7 +218,7 @@ class VL(Stage):
         weight_flag(group, "mlm", 0.25)
         negatives = "where hard negatives come from: all processes, or this one (Table 6)"
         group.add_argument("--negatives", choices=["global", "local"], default="global", help=negatives)
-        fresh_flag(group)
+        group.add_argument("--fresh-experts", action="store_true", help=FRESH)
         data.flags(parser, images="randaugment", text=True)
         config_flags(parser, base)
 

@@ -79,7 +79,8 @@ def parse(stages, option, default, description):
     size = start.args["config"] if start else chosen.config or "tiny"
     if chosen.config not in (None, size):
         raise UserError(f"{start.path} is of --config {size}: leave --config away")
-    base = Stage.architecture(start.config if start and name != "dvae" else CONFIGS[size])
+    base = start.config if start and name != "dvae" else CONFIGS[size]
+    base = dataclasses.replace(base, **Stage.architecture)
     defaults = Stage.recipe.get(size, Stage.recipe["base"]) | {"stage": name, "config": size, "out": out}
     if start and start.stage == name:
         defaults["max_text_len"] = base.max_text_len  # a checkpoint of this stage keeps its own
@@ -181,7 +182,7 @@ def train(stage, args, run, start=None):
     if start:
         start.release()
     runtime.speed_up(stage, args, run)
-    model = run.wrap(stage)
+    model = run.wrap(stage) if run.world > 1 else stage
 
     # The folder of the run
     out = checkpoint.prepare(stage, args, run, resumed)
