@@ -125,7 +125,9 @@ class Checkpoint:
                 flag = name if name in BESIDES_FLAGS else f"--{name.replace('_', '-')}"
                 changed[name] = f"{flag} {before} → {now[name]}"
         told = ", ".join(changed.values())
-        if changed.keys() - HARMLESS and not args.allow_changes:
+        # Local negatives are those of one process
+        harmful = changed.keys() - HARMLESS or "processes" in changed and vars(args).get("negatives") == "local"
+        if harmful and not args.allow_changes:
             raise UserError(f"{self.path} was trained with other settings ({told}): leave them away, or --allow-changes")
         run.print(f"resuming after step {self.step}{f' with other settings: {told}' if told else ''}")
 

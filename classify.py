@@ -103,8 +103,10 @@ class Classify(Task):
         return {"loss": F.cross_entropy(self.predict(batch), batch["target"])}
 
     def predict(self, batch):
-        """→ logits (b, C)."""
-        return self.head(self.features(batch["image"]))
+        """→ logits (b, C), in full precision: rounded ones would tie."""
+        x = self.features(batch["image"])
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.to(torch.promote_types(x.dtype, torch.float32)))
 
     def features(self, image):
         """image (b, 3, S, S) → (b, D), the mean of the patches."""

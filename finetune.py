@@ -97,7 +97,7 @@ def schedule(args, stage):
 
 def main():
     Task, args, config, start = train.parse(TASKS, "--task", None, __doc__)
-    run = runtime.Runtime(args.amp)
+    run = train.start_runtime(args, start)
     stage = Task(args, config, start, run)
     schedule(args, stage)
     train.train(stage, args, run, start)

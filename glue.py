@@ -46,10 +46,10 @@ def f1(predicted, right):
 
 
 def pearson(predicted, right):
-    """The correlation; 0 if one side is constant. Of two classes it is Matthews' coefficient."""
+    """The correlation; 0 if one side is constant, or not finite. Of two classes it is Matthews' coefficient."""
     x, y = (np.subtract(values, np.mean(values)) for values in (predicted, right))
     scale = np.sqrt(np.sum(x * x) * np.sum(y * y))
-    return 100 * float(np.sum(x * y) / scale) if scale else 0.0
+    return 100 * float(np.sum(x * y) / scale) if scale > 0 else 0.0
 
 
 def spearman(predicted, right):

@@ -150,7 +150,7 @@ def fills_in(start):
         decoders = {name.split(".")[0] for name in start.head}
         return {"image", "text", "pair"} if "pair" in decoders else decoders
     known = {"image"} if "dvae" in start.extra else set()
-    if "mlm_head" in checkpoint.groups(start.tensors):
+    if "mlm_head" in checkpoint.groups(start.tensors) and start.args.get("mlm_weight") != 0:
         known |= {"text"} if start.stage == "text" else {"text", "pair"}
     return known
 

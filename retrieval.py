@@ -96,16 +96,19 @@ def retrieval(model, source, words, device, batch=64, rerank=0):
     """All pictures of a source against all its captions, by the dual encoder → {"TR@1", …, "mean"};
     if `rerank`, also with the ITM head on each query's best `rerank`, as "reranked TR@1", ….
 
-    A caption is right for every picture that has it if source.by_text, else (Karpathy's splits)
-    only for its own.
+    A caption is right for every picture that has it, or is of the same item, if source.by_text, else
+    (Karpathy's splits) only for its own.
     """
     training = model.training
     model.eval()
-    captions = [(i, caption) for i in range(len(source)) for caption in source[i].captions]
+    captions, items = [], []
+    for i in range(len(source)):
+        items.append(source[i].item)
+        captions += [(i, caption) for caption in source[i].captions]
     ids, mask = words.encode_all([caption for _, caption in captions])  # (C, T)
     image = embed_images(model, source, device, batch)  # (I, D)
     text = embed_texts(model, ids, mask, device, batch)  # (C, D)
-    relevant = relevant_pairs(captions, source.by_text).to(device)
+    relevant = relevant_pairs(captions, items, source.by_text).to(device)
     results = recall(search(image, text, relevant), search(text, image, relevant.flip(0)))
     if rerank:
         images = all_images(source, model.config.image_size, device, batch)
@@ -144,15 +147,18 @@ def all_images(source, size, device, batch):
     return images
 
 
-def relevant_pairs(captions, by_text):
-    """captions: C pairs (image, caption) → (2, P) int64, the pairs (image, number of the caption)
-    that are right."""
-    owners = collections.defaultdict(list)
+def relevant_pairs(captions, items, by_text):
+    """captions: C pairs (image, caption); items: of each image → (2, P) int64, the pairs (image,
+    number of the caption) that are right."""
+    having, alike = collections.defaultdict(set), collections.defaultdict(set)
     for image, caption in captions:
-        owners[caption].append(image)
+        having[caption].add(image)
+    for image, item in enumerate(items):
+        alike[item].add(image)
     pairs = []
     for n, (image, caption) in enumerate(captions):
-        pairs += [(owner, n) for owner in (owners[caption] if by_text else [image])]
+        owners = having[caption] | alike[items[image]] if by_text else {image}
+        pairs += [(owner, n) for owner in sorted(owners)]
     return torch.tensor(pairs).T
 
 

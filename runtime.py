@@ -152,6 +152,14 @@ class Runtime:
         model.broadcast_buffers = False  # they never change (new versions have another name for the argument)
         return model
 
+    def refuse_different(self, number, advice):
+        """UserError if a number is not the same on all processes."""
+        found = [number] * self.world
+        if self.world > 1:
+            dist.all_gather_object(found, number)
+        if len(set(found)) > 1:
+            raise UserError(advice)
+
     def from_main(self, answer):
         """Process 0's answer(), or its UserError, on all processes; the others do not call it."""
         found = [None]
@@ -186,10 +194,11 @@ def keep_memory():
 
 class Signals:
     """SIGTERM and SIGINT ask a run to end: after the same step on all processes, with a checkpoint. A
-    second signal, or half a minute in which the step has not ended, ends it at once."""
+    second signal, or half a minute in which the step has not ended, ends it at once. in_step: whether
+    a step is being computed; what comes between steps, such as a measurement, may take its time."""
 
     def __init__(self, run):
-        self.run, self.caught, self.agreed, self.pending = run, 0, 0, None
+        self.run, self.caught, self.agreed, self.pending, self.in_step = run, 0, 0, None, False
         self.group = dist.new_group(backend="gloo") if run.world > 1 else None
         handlers = {signal.SIGTERM: self.catch, signal.SIGINT: self.catch, signal.SIGALRM: self.give_up}
         self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -212,7 +221,8 @@ class Signals:
         if self.caught:
             os._exit(128 + number)
         self.caught = number
-        signal.alarm(30)
+        if self.in_step:
+            signal.alarm(30)
 
     def give_up(self, number, frame):
         print("the step did not end in 30 s: --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
@@ -221,6 +231,8 @@ class Signals:
     def asked(self):
         """The number of the signal, or 0: the same on all processes. They agree on it in the
         background, one step later than it came, so that no step waits."""
+        self.in_step = False
+        signal.alarm(0)
         if self.pending:
             number, work = self.pending
             work.wait()
@@ -230,8 +242,6 @@ class Signals:
             self.pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True)
         else:
             self.agreed = self.caught
-        if self.agreed:
-            signal.alarm(0)  # the step has ended; what is measured then may take its time
         return self.agreed
 
 
@@ -242,7 +252,13 @@ def workers(device, count=None, loaders=1):
     if count is None and torch.device(device).type == "cuda":
         share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
         count = max(1, share // loaders)
-    return {"num_workers": count or 0, "multiprocessing_context": "fork" if count else None}
+    forked = {"multiprocessing_context": "fork", "worker_init_fn": leave_group} if count else {}
+    return {"num_workers": count or 0} | forked
+
+
+def leave_group(_):
+    """In a loader process: Ctrl-C and torchrun signal a whole group. It ends when its parent does."""
+    os.setpgrp()
 
 
 def cores():

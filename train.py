@@ -194,7 +194,7 @@ def train(stage, args, run, start=None):
         lr = runtime.learning_rate(step, args.steps, args.warmup, args.lr, stage.decay)
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * lr
-        stage.run_seed, stage.step = args.seed, step
+        stage.run_seed, stage.step, signals.in_step = args.seed, step, True
 
         # Forward and backward, part by part; DDP sends gradients in the last one only
         with run.autocast():
@@ -252,9 +252,17 @@ def finish(stage, out, args, run, log):
     run.print(f"{out / 'last.pt'} holds the model; {', '.join(pictures)} next to it")
 
 
+def start_runtime(args, start):
+    """UserError, before any work, if the processes go on from different steps."""
+    run, done = runtime.Runtime(args.amp), start.step if start and start.resumed else 0
+    last = Path(args.out, "last.pt")
+    run.refuse_different(done, f"--resume: {last} is not the same on all nodes: put --out where all of them find it")
+    return run
+
+
 def main():
     Stage, args, config, start = parse(STAGES, "--stage", "vl", __doc__)
-    run = runtime.Runtime(args.amp)
+    run = start_runtime(args, start)
     if args.warmup > args.steps:
         args.warmup = args.steps // 10
         run.print(f"the warm-up is longer than the run: cut to {args.warmup} steps")

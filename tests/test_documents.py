@@ -59,16 +59,18 @@ def test_the_readme_s_program_runs(stages, tmp_path, monkeypatch):
 def test_the_recipe_s_program_makes_a_manifest_of_visual_genome(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pictures, regions = [], []
-    for number, coco in ((1, None), (2, 77)):
+    for number, coco, flickr in ((1, None, None), (2, 77, None), (3, None, 88), (4, None, 89)):
         url = f"https://x/VG_100K_2/{number}.jpg"
-        pictures.append({"image_id": number, "url": url, "coco_id": coco})
+        pictures.append({"image_id": number, "url": url, "coco_id": coco, "flickr_id": flickr})
         regions.append({"id": number, "regions": [{"phrase": text} for text in (" a dog ", "a dog", "")]})
     write_lines(tmp_path / "vg/image_data.json", pictures)
     write_lines(tmp_path / "vg/region_descriptions.json", regions)
     karpathy(tmp_path / "coco", {"cocoid": 77, "split": "test"}, {"cocoid": 78, "split": "train"})
+    held = ({"filename": f"{id}.jpg", "split": split} for id, split in ((88, "val"), (89, "train")))
+    karpathy(tmp_path / "f30k", *held, name="flickr30k")
     exec(program("RECIPES.md"), {})
     lines = (tmp_path / "vg/train.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
-        {"image": f"VG_100K_2/{k}.jpg", "captions": ["a dog"]} for k in (1, 2)
+        {"image": f"VG_100K_2/{k}.jpg", "captions": ["a dog"]} for k in (1, 2, 3, 4)
     ]
-    assert (tmp_path / "exclude.txt").read_text() == "2.jpg\n"
+    assert (tmp_path / "exclude.txt").read_text() == "2.jpg\n3.jpg\n"

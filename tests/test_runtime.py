@@ -190,3 +190,41 @@ def ask_process_0():
 
 def test_all_processes_have_the_answer_or_the_error_of_the_first(processes):
     processes(2, ask_process_0, group=False)
+
+
+class Groups(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return os.getpgrp()
+
+
+def test_signals_to_the_group_of_a_process_do_not_reach_its_loaders():
+    loader = torch.utils.data.DataLoader(Groups(), **runtime.workers("cpu", 1))
+    assert os.getpgrp() not in [int(group) for group in loader]
+
+
+def go_on_from(steps):
+    run = runtime.Runtime()
+    run.refuse_different(5, "not alike")
+    refused(run.refuse_different, steps[run.rank], "not alike", says="not alike")
+
+
+def test_processes_that_would_go_on_from_different_steps_are_refused(processes):
+    processes(2, go_on_from, [5, 0], group=False)
+
+
+def test_half_a_minute_is_given_to_a_step_and_not_to_what_comes_after(monkeypatch):
+    alarms = []
+    monkeypatch.setattr(runtime.signal, "alarm", alarms.append)
+    signals = runtime.Signals(runtime.Runtime())
+    try:
+        signals.in_step = True
+        signals.catch(15, None)
+        assert alarms == [30] and signals.asked() == 15 and alarms == [30, 0]
+        signals.caught = 0
+        signals.catch(2, None)
+        assert alarms == [30, 0]
+    finally:
+        signals.close()
