@@ -249,7 +249,8 @@ def finish(stage, out, args, run, log):
             pictures["curve.png"] = chart
         for name, picture in pictures.items():
             picture.save(out / name)
-    run.print(f"{out / 'last.pt'} holds the model; {', '.join(pictures)} next to it")
+    beside = f"; {', '.join(pictures)} next to it" if pictures else ""
+    run.print(f"{out / 'last.pt'} holds the model{beside}")
 
 
 def start_runtime(args, start):
