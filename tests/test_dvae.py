@@ -7,6 +7,7 @@ import torch
 
 import dvae
 import losses
+from sides import bare
 
 SMALL = dvae.DVAEConfig(grid=3, codes=6, width=8)
 
@@ -77,3 +78,12 @@ def gradient():
 def test_gradient_equals_that_of_one_process(processes):
     one, two = gradient(), processes(2, gradient)[1]
     torch.testing.assert_close(two, one, atol=1e-7, rtol=1e-5)
+
+
+def test_the_draw_of_codes_gets_colder_to_a_sixteenth():
+    tokenizer, seen = dvae.Tokenizer(dvae.DVAEConfig(2, codes=6, width=8)), []
+    tokenizer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    stage = bare(dvae.DVAE, tokenizer, steps=4)
+    for stage.step in (0, 2, 4):
+        stage({"image": torch.zeros(1, 3, 16, 16)})
+    assert seen == [1, 1 / 4, 1 / 16]
