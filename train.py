@@ -254,7 +254,7 @@ def finish(stage, out, args, run, log):
 
 
 def start_runtime(args, start):
-    """UserError, before any work, if the processes go on from different steps."""
+    """→ the Runtime. UserError, before any work, if the processes go on from different steps."""
     run, done = runtime.Runtime(args.amp), start.step if start and start.resumed else 0
     last = Path(args.out, "last.pt")
     run.refuse_different(done, f"--resume: {last} is not the same on all nodes: put --out where all of them find it")
