@@ -126,8 +126,8 @@ class Checkpoint:
                 changed[name] = f"{flag} {before} → {now[name]}"
         told = ", ".join(changed.values())
         # Local negatives are those of one process
-        harmful = changed.keys() - HARMLESS or "processes" in changed and vars(args).get("negatives") == "local"
-        if harmful and not args.allow_changes:
+        harmless = HARMLESS - {"processes"} if stage.negatives == "local" else HARMLESS
+        if changed.keys() - harmless and not args.allow_changes:
             raise UserError(f"{self.path} was trained with other settings ({told}): leave them away, or --allow-changes")
         run.print(f"resuming after step {self.step}{f' with other settings: {told}' if told else ''}")
 

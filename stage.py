@@ -46,6 +46,7 @@ class Stage(nn.Module):
     architecture = {}  # fields of the Config that a run of this stage starts with
     best = None  # of a task: the number that decides which step is kept as best.pt
     takes_turns = False  # whether some steps train only a part of the parameters
+    negatives = "global"  # where hard negatives come from: all processes, or "local", each its own
     head_factor = 1.0  # of the learning rate of the head
     step, run_seed = 0, 0  # the step that is being computed, 0 before the first; --seed
 

@@ -172,7 +172,7 @@ def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
     """Flags, and how many samples the data have."""
     folder, out = pictures(tmp_path / "data", count=8), tmp_path / "out"
     run = ["--out", out, "--resume"]
-    call("train", *SIZE, *BRIEF, "--data", folder, "--out", out)
+    call("train", *SIZE, *BRIEF, "--data", folder, "--negatives", "local", "--out", out)
     for flags in (["--lr", 1e-4], ["--steps", 6], ["--batch-size", 4], ["--seed", 1]):
         refused(call, "train", *run, *flags, says=flags[0])
     call("train", *run, "--log-every", 2)
@@ -183,6 +183,9 @@ def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
     now = json.loads((out / "config.json").read_text())
     assert now["args"]["lr"] == 1e-4 and [entry["args"]["lr"] for entry in now["earlier"]] == [1e-3, 1e-3]
     assert [entry["step"] for entry in metrics(out)] == [1, 2, 3, 4, 5, 6]
+    content = torch.load(out / "last.pt", weights_only=True)
+    torch.save(content | {"processes": 2}, out / "last.pt")  # whose negatives were others
+    refused(call, "train", *run, says="processes 2 → 1")
 
 
 # Negatives for ITM are drawn, so it is left out. In stage momo-text the modalities take turns
