@@ -250,7 +250,8 @@ def state(rng, kind="any"):
     """A statement about two scenes of things of a kind: (text, holds), holds(left, right) → bool."""
     color = make_thing(rng, kind)["color"]
     side, total = rng.choice((0, 1)), rng.choice((4, 5, 6))
-    name, number, what = ("left", "right")[side], {4: "four", 5: "five", 6: "six"}[total], with_article(f"{color} shape")
+    name, number = ("left", "right")[side], {4: "four", 5: "five", 6: "six"}[total]
+    what = with_article(f"{color} shape")
     kinds = [  # how often it comes, the statement, what it means
         (3, f"the {name} image shows {what}.", lambda *scenes: color in colors_of(scenes[side])),
         (2, f"both images show {what}.", lambda left, right: color in colors_of(left) & colors_of(right)),
