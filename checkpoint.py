@@ -11,8 +11,8 @@ import collections
 import dataclasses
 import itertools
 import json
-import os
 import pickle
+import shutil
 import struct
 import textwrap
 import zipfile
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import runtime
-from mome import Config, VLMo
+from mome import CONFIGS, Config, VLMo
 from positions import fitted
 from runtime import UserError
 from texts import Words, tokenizer_from_json
@@ -87,6 +87,7 @@ class Checkpoint:
             pieces = content["tokenizer"]
             assert isinstance(self.step, int) and isinstance(pieces, str | None), "step or tokenizer"
             assert all(isinstance(part, dict) for part in (self.args, self.tensors, self.head, self.extra)), "a part"
+            assert self.args["config"] in CONFIGS, "--config"
             tensors = [*self.tensors.values(), *self.head.values()]
             assert all(isinstance(tensor, torch.Tensor) for tensor in tensors), "a tensor"
         except (AssertionError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -205,9 +206,7 @@ def save(path, stage, args, run, step, record, optimizer=None, scaler=None):
     if optimizer:
         content |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     if args.keep_previous and path.name == "last.pt" and path.exists():
-        previous = path.with_name("previous.pt")
-        previous.unlink(missing_ok=True)
-        os.link(path, previous)
+        shutil.copyfile(path, path.with_name("previous.pt"))
     runtime.write(path, lambda file: torch.save(content, file))
 
 

@@ -193,8 +193,8 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     wrong = [{"state_dict": {}}, [1], without_head]
     for changes in (
         {"extra": tmp_path},  # reading an object may run code
-        {"config": {"dim": 24, "depth": 3}}, {"step": "7"}, {"args": []}, {"model": {"words.weight": 5}},
-        {"head": None}, {"extra": 1}, {"tokenizer": 3},
+        {"config": {"dim": 24, "depth": 3}}, {"step": "7"}, {"args": []}, {"args": {}},
+        {"model": {"words.weight": 5}}, {"head": None}, {"extra": 1}, {"tokenizer": 3},
     ):  # fmt: skip
         wrong.append(content | changes)
     for broken in wrong:
