@@ -4,12 +4,14 @@
 Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP].
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import random
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the loader's forks
@@ -47,15 +49,26 @@ def train_tokenizer(texts, vocab_size):
     """WordPiece of at most `vocab_size` entries, trained on texts that are read twice; the same every
     time.
 
-    The library numbers the inner letters ("##a") in the order of a salted hash, unless they are
-    given to it in order.
+    A letter has two entries, one ("##a") inside of a word. The most frequent letters have up to half
+    of all; words with others are [UNK]. The library numbers inner letters in the order of a salted
+    hash, unless they are given to it in order.
     """
     tokenizer = wordpiece()
-    letters = set()
+    letters = collections.Counter()
     for text in texts:
         letters.update(tokenizer.normalizer.normalize_str(text))
-    given = SPECIAL + ["##" + letter for letter in sorted(letters - {" "})]
-    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=given, show_progress=False)
+    del letters[" "]
+    kept = sorted(letter for letter, _ in letters.most_common(vocab_size // 4))
+    if len(kept) < len(letters):
+        told = f"a vocabulary of {vocab_size} has {len(kept)} of {len(letters)} letters: --vocab-size gives it more"
+        print(told, file=sys.stderr, flush=True)
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL + ["##" + letter for letter in kept],
+        initial_alphabet=kept,
+        limit_alphabet=len(kept),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return wordpiece(tokenizer.get_vocab())
 
@@ -218,6 +231,8 @@ def text_files(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
+        if not (path.is_dir() or path.is_file()):
+            raise UserError(f"{path} is no regular file: texts are read more than once")
         files = list(files_below(path, (".txt",))) if path.is_dir() else [str(path)]
         if not files:
             raise UserError(f"{path}: plain text is needed, and there is no *.txt below")
@@ -239,10 +254,10 @@ def read_texts(path):
 
 
 def paragraphs(path):
-    """What stands between blank lines, each on one line."""
+    """What stands between blank lines, each on one line; of a very long one, parts."""
     for filled, lines in itertools.groupby(read_lines(path), key=bool):
-        if filled:
-            yield " ".join(lines)
+        while filled and (some := list(itertools.islice(lines, 1000))):
+            yield " ".join(some)
 
 
 def documents(path):

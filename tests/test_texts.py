@@ -1,6 +1,7 @@
 """Tokens, whole-word masking, vocabularies, and plain text packed into samples."""
 
 import math
+import os
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -75,6 +76,13 @@ def test_a_trained_vocabulary_is_the_same_every_time_and_knows_all_words_of_the_
             assert not any(piece.startswith("##") for piece in pieces)  # every word is one piece
 
 
+def test_rare_letters_leave_a_vocabulary_room_for_words(capsys):
+    chinese = " ".join(map(chr, range(0x4E00, 0x4E00 + 300)))
+    tokenizer = texts.train_tokenizer([*CAPTIONS * 3, chinese], 200)
+    assert tokenizer.get_vocab_size() <= 200 and "50 of" in capsys.readouterr().err
+    assert tokenizer.encode(CAPTIONS[0]).tokens == CAPTIONS[0].split()
+
+
 def test_vocab_txt_and_tokenizer_json_read_back_and_nothing_else(words, tmp_path):
     vocab = sorted(words.tokenizer.get_vocab(), key=words.tokenizer.token_to_id)
     padding = texts.tokenizer_from_json(words.tokenizer.to_str(), "a copy")
@@ -114,6 +122,11 @@ def test_documents_are_lines_or_paragraphs_split_by_their_text(tmp_path):
     assert [*found, *found[::-1]] == list(texts.read_documents([tmp_path]))  # both files
     counts = Counter(split for split, _ in found)
     assert counts.keys() == {"train", "val", "test"} and len(list(texts.corpus([a]))) == counts["train"]
+    a.write_text("\n".join([*lines, "", *lines, *lines]))  # one stray blank line
+    assert [len(text.split()) for text in texts.documents(a)] == [3000, 3000, 3000]
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    refused(texts.text_files, [pipe])
     found = list(texts.read_documents(["shapes"]))  # a caption per scene
     assert Counter(split for split, _ in found) == {split: shapes.SCENES[split] for split in texts.SPLITS}
     assert found[shapes.SCENES["train"] + 5][1] in shapes.World("val", 0)[5].captions
