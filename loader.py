@@ -53,9 +53,10 @@ class Loader:
         return list(zip(*columns))
 
     def count(self, unreadable):
-        """unreadable (b,): how many images in a row could not be read before each sample's."""
+        """unreadable (b,): how many images in a row could not be read before each sample's, which
+        replaces them."""
         self.read += len(unreadable)
-        self.unreadable += int(unreadable.sum())
+        self.unreadable += int((unreadable > 0).sum())
         if unreadable.max() >= IN_A_ROW:
             raise UserError(f"{IN_A_ROW} images in a row could not be read: is their disk still there?")
         if self.unreadable > max(10, self.read // 100):

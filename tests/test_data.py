@@ -285,14 +285,15 @@ def test_an_unreadable_image_is_named_once_and_the_next_replaces_it(words, capsy
     assert collate([pairs[0, 0], gone[0, 0]])["unreadable"].tolist() == [data.IN_A_ROW]  # also among others
 
 
-@pytest.mark.parametrize("read, most", [(100, 10), (2000, 20), (20_000, data.IN_A_ROW - 1)])
+@pytest.mark.parametrize("read, most", [(100, 10), (2000, 20)])
 def test_the_loader_stops_at_too_many_unreadable_images(read, most):
     """More than 10 and more than 1 % are too many, and IN_A_ROW in a row."""
     loader, counts = Loader([], options(), options()), torch.zeros(read, dtype=torch.long)
-    counts[1] = most
+    counts[:most] = data.IN_A_ROW - 1  # a row of broken files counts once for each sample it replaces
     loader.count(counts)
     assert loader.unreadable == most and loader.read == read
-    refused(Loader([], options(), options()).count, counts + (counts > 0))
+    refused(loader.count, counts[:1])
+    refused(Loader([], options(), options()).count, counts[:1] + 1)
 
 
 def test_evaluation_reads_images_in_order_and_stops_at_an_unreadable_one():
