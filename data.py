@@ -84,7 +84,7 @@ def flags(parser, images=None, text=False, exclude=True):
 def stable_hash(text):
     """A 63-bit number of a text, the same in every process and run (Python's own hash is
     salted)."""
-    code = text.encode("utf-8", "surrogateescape")  # names of files need not be valid text
+    code = text.encode("utf-8", "surrogatepass")  # names of files need not be valid text
     return int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), "big") >> 1
 
 

@@ -15,7 +15,7 @@ import shapes
 import texts
 from data import Absent, Examples
 from mome import classifier
-from reading import fields, json_lines, malformed, path_below
+from reading import checked_text, fields, json_lines, malformed, path_below
 from runtime import UserError
 from sources import read_splits, task_folder, task_records
 from stage import Task, task_flags
@@ -143,7 +143,7 @@ def statements(folder, split):
         seen.add(id)
         name = f"{entry['directory']}/{pair}" if "directory" in entry else pair
         images = [path_below(root, f"{name}-img{k}.png", where) for k in (0, 1)]
-        yield Statement(images, text, id, label == "True")
+        yield Statement(images, checked_text(text, where), id, label == "True")
 
 
 def own_statements(path):
@@ -156,7 +156,7 @@ def own_statements(path):
             raise UserError(f"{where}: images must be two paths, left and right")
         sentence = numbers.setdefault(text, len(numbers))
         images = [path_below(path.parent, image, where) for image in images]
-        yield Statement(images, text, f"{path.stem}-{sentence}-{number}-0", label)
+        yield Statement(images, checked_text(text, where), f"{path.stem}-{sentence}-{number}-0", label)
 
 
 def first_that_exists(paths: list[Path]):

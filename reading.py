@@ -39,17 +39,21 @@ def text_lines(path):
 
 
 def checked_captions(captions, where):
-    """captions; UserError unless they are a list of at least one string (of characters that can be
-    encoded)."""
+    """captions; UserError unless they are a list of at least one text."""
     texts = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
     if not texts or not captions:
         given = json.dumps(captions)[:80]
         raise UserError(f"{where}: captions must be a list of at least one string, not {given}")
+    return [checked_text(caption, where) for caption in captions]
+
+
+def checked_text(text, where):
+    """text; UserError if it holds half a character, as where UTF-16 was cut in JSON."""
     try:
-        "".join(captions).encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: a caption is no valid text: {error}") from None
-    return captions
+        raise UserError(f"{where}: no valid text: {error}") from None
+    return text
 
 
 # ---- JSON ----------------------------------------------------------------------------------------
@@ -178,9 +182,15 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def files_below(folder, endings):
-    """All files below a folder with one of these endings, in order. UserError for a folder that
-    cannot be read."""
+    """All files below a folder with one of these endings, in order. A folder that several links lead
+    to is read once. UserError for a folder that cannot be read."""
+    seen = set()
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        state = os.stat(where)
+        if (state.st_dev, state.st_ino) in seen:
+            folders.clear()  # a link that leads back would never end
+            continue
+        seen.add((state.st_dev, state.st_ino))
         folders.sort()  # os.walk goes on in this order
         for name in sorted(names):
             if name.lower().endswith(endings):

@@ -265,7 +265,9 @@ def stamp(path):
 
 def stamp_of_image(picture):
     """The stamp of a picture's file; in a shard, of the shard, and the picture's name."""
-    return f"{stamp(picture.at[0])} {picture.image}" if picture.at else stamp(picture.image)
+    if picture.at:
+        return f"{stamp(picture.at[0])} {picture.image}"
+    return stamp(picture.image) if os.path.exists(picture.image) else f"{picture.image} is missing"
 
 
 def read_vectors(path, trained):

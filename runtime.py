@@ -72,6 +72,7 @@ def run(main):
     """Runs a script's main. An error that the user can fix, a file that the system refuses, or too
     little memory ends it with one line and status 2; a signal with 128 and its number."""
     status, line = 0, ""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid text
     try:
         main()
     except BrokenPipeError:  # of a reader of our output, such as head

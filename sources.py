@@ -49,6 +49,8 @@ def read_pictures(args, image_size, captions=False, paths=None):
     names = set()
     if args.exclude and not paths:
         names = {line.strip() for line in reading.read_text(args.exclude).splitlines()}
+        if not any(names):
+            raise UserError(f"--exclude {args.exclude} names no images")
     if names and shapes.asked(args.data):
         raise UserError("--exclude: the built-in world has no files")
     paths = paths or args.data
@@ -200,8 +202,11 @@ def list_folder(folder):
     take 8 bytes per name, which a set of the names would take ten times."""
     hashes = np.empty(0, np.int64)
     if os.path.isdir(folder):
-        with os.scandir(folder) as entries:
-            hashes = np.fromiter((hash(entry.name) for entry in entries), np.int64)
+        try:
+            with os.scandir(folder) as entries:
+                hashes = np.fromiter((hash(entry.name) for entry in entries), np.int64)
+        except OSError as error:
+            reading.refuse(error)
     return np.append(np.sort(hashes), np.iinfo(np.int64).max)
 
 

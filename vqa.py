@@ -20,7 +20,7 @@ import shapes
 import texts
 from data import Absent, Examples, split_by_hash
 from mome import classifier
-from reading import fields, json_lines, malformed, official_records, path_below
+from reading import checked_text, fields, json_lines, malformed, official_records, path_below
 from runtime import UserError
 from sources import read_splits, task_folder, task_records
 from stage import Task, task_flags
@@ -184,6 +184,7 @@ def questions(folder, split):
         if known is not None and id not in known:
             raise UserError(f"{answers_path} has no answers to question {id} of {path.name}")
         seen.add(id)
+        text = checked_text(text, where)
         yield Question(image, text, id, *(known[id] if known is not None else (None, None, None)))
     for id in known or ():
         if id not in seen:
@@ -197,6 +198,7 @@ def own_questions(path):
     without = set()
     for number, (where, entry) in enumerate(json_lines(path)):
         image, text = fields(where, entry, image=str, question=str)
+        text = checked_text(text, where)
         file, answers = path_below(path.parent, image, where), entry.get("answers")
         without.add(answers is None)
         if len(without) > 1:

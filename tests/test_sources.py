@@ -10,6 +10,7 @@ from files import entry, karpathy, nlvr2, picture, vqa, write_lines
 
 import data
 import nlvr2 as statements
+import reading
 import sources
 import vqa as questions
 
@@ -65,7 +66,7 @@ def test_excluded_pictures_are_left_out_of_training_only(tmp_path):
     found = sources.read_pictures(options(tmp_path, ["train", "test"], names), 8)
     left = [os.path.basename(found["train"][i].image) for i in range(len(found["train"]))]
     assert left == ["a.png", "c.png"] and len(found["test"]) == 3
-    for useless in ("other.png", "a.png\nb.png\nc.png"):
+    for useless in ("other.png", "a.png\nb.png\nc.png", "\n"):
         names.write_text(useless)
         refused(sources.read_pictures, options(tmp_path, ["train"], names), 8)
 
@@ -90,6 +91,13 @@ def images(folder):
     """{split: paths of its images}."""
     found = sources.read_pictures(options(folder, data.SPLITS), 8)
     return {split: [source[i].image for i in range(len(source))] for split, source in found.items()}
+
+
+def test_a_link_that_leads_back_repeats_nothing(tmp_path):
+    picture(tmp_path / "a/x.png")
+    for name in ("p", "q"):
+        (tmp_path / "a" / name).symlink_to(tmp_path)
+    assert list(reading.files_below(tmp_path, (".png",))) == [str(tmp_path / "a/x.png")]
 
 
 def test_an_image_folder_is_split_by_a_hash_or_by_folders(tmp_path):
@@ -124,10 +132,11 @@ RECORDS = {  # what writes and reads a file, a good record, values that make it 
         "sentences": [None, [], [{"tokens": []}], [{"raw": 5}]], "filename": [5, "../a.png"],
     }),
     "questions": (manifest, questions.read, QUESTION, {
-        "answers": [[], "yes", [1], None], "image": [None, "b.png", "../a.png"], "question": [5],
+        "answers": [[], "yes", [1], None], "image": [None, "b.png", "../a.png"], "question": [5, "\ud83d"],
     }),
     "statements": (manifest, statements.read, STATEMENT, {
-        "images": [["a.png"], ["a.png", 5], ["a.png", "../a.png"]], "label": ["True"], "sentence": [None],
+        "images": [["a.png"], ["a.png", 5], ["a.png", "../a.png"]], "label": ["True"],
+        "sentence": [None, "\ud83d"],
     }),
 }  # fmt: skip
 
