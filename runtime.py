@@ -193,10 +193,14 @@ def keep_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own, which would end with it
 
 
+IMPATIENT = 5
+
+
 class Signals:
     """SIGTERM and SIGINT ask a run to end: after the same step on all processes, with a checkpoint. A
-    second signal, or half a minute in which the step has not ended, ends it at once. in_step: whether
-    a step is being computed; what comes between steps, such as a measurement, may take its time."""
+    second signal after IMPATIENT seconds, or half a minute in which the step has not ended, ends it at
+    once. in_step: whether a step is being computed; what comes between steps, such as a measurement,
+    may take its time."""
 
     def __init__(self, run):
         self.run, self.caught, self.agreed, self.pending, self.in_step = run, 0, 0, None, False
@@ -219,11 +223,12 @@ class Signals:
         raise Stopped(self.agreed, f"stopped after step {step}: --resume --out {out} goes on")
 
     def catch(self, number, frame):
-        if self.caught:
+        if not self.caught:
+            self.caught, self.since = number, time.monotonic()
+            if self.in_step:
+                signal.alarm(30)
+        elif time.monotonic() - self.since > IMPATIENT:  # else it is the same again: torchrun forwards its own
             os._exit(128 + number)
-        self.caught = number
-        if self.in_step:
-            signal.alarm(30)
 
     def give_up(self, number, frame):
         print("the step did not end in 30 s: --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
@@ -258,8 +263,11 @@ def workers(device, count=None, loaders=1):
 
 
 def leave_group(_):
-    """In a loader process: Ctrl-C and torchrun signal a whole group. It ends when its parent does."""
+    """In a loader process: Ctrl-C signals a whole group, and a cluster every process. It ends when its
+    parent does, which needs it for its last step, or ten minutes later."""
     os.setpgrp()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: signal.alarm(600))
 
 
 def cores():

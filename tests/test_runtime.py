@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import signal
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -178,41 +179,26 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
         refused(runtime.refuse_output, "--out", path)
 
 
-def no_answer():
-    raise runtime.UserError("there is no vocabulary")
-
-
 def ask_process_0():
     run = runtime.Runtime()
     assert run.from_main(lambda: run.rank) == 0
-    refused(run.from_main, no_answer, says="no vocabulary")
+    refused(run.from_main, lambda: runtime.refuse_output("--out", "absent/x"), says="no such folder")
+    run.refuse_different(5, "not alike")
+    refused(run.refuse_different, 5 * run.rank, "not alike", says="not alike")
 
 
 def test_all_processes_have_the_answer_or_the_error_of_the_first(processes):
     processes(2, ask_process_0, group=False)
 
 
-class Groups(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, i):
-        return os.getpgrp()
+def terminate(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return os.getpgrp()
 
 
-def test_signals_to_the_group_of_a_process_do_not_reach_its_loaders():
-    loader = torch.utils.data.DataLoader(Groups(), **runtime.workers("cpu", 1))
-    assert os.getpgrp() not in [int(group) for group in loader]
-
-
-def go_on_from(steps):
-    run = runtime.Runtime()
-    run.refuse_different(5, "not alike")
-    refused(run.refuse_different, steps[run.rank], "not alike", says="not alike")
-
-
-def test_processes_that_would_go_on_from_different_steps_are_refused(processes):
-    processes(2, go_on_from, [5, 0], group=False)
+def test_no_signal_to_all_processes_ends_a_loader_before_the_run():
+    loader = torch.utils.data.DataLoader(range(2), collate_fn=terminate, **runtime.workers("cpu", 1))
+    assert os.getpgrp() not in list(loader)
 
 
 def test_half_a_minute_is_given_to_a_step_and_not_to_what_comes_after(monkeypatch):
@@ -226,5 +212,13 @@ def test_half_a_minute_is_given_to_a_step_and_not_to_what_comes_after(monkeypatc
         signals.caught = 0
         signals.catch(2, None)
         assert alarms == [30, 0]
+
+        # The second signal
+        monkeypatch.setattr(runtime.os, "_exit", alarms.append)
+        signals.catch(15, None)  # of torchrun, which has got the same
+        assert alarms == [30, 0]
+        signals.since -= runtime.IMPATIENT
+        signals.catch(15, None)
+        assert alarms == [30, 0, 128 + 15]
     finally:
         signals.close()
