@@ -103,6 +103,11 @@ class Checkpoint:
             if name not in groups(self.tensors):
                 raise UserError(f"{self.path} (stage {self.stage}) has not learned {name}")
 
+    def require_vocabulary(self):
+        """UserError if it has learned words that it does not know."""
+        if self.words_embedded and not self.tokenizer:
+            raise UserError(f"{self.path} was imported without its vocabulary: import it again, with --vocab")
+
     def restore(self, stage, args, run, optimizer, scaler):
         """Puts optimizer and scaler where the checkpoint left them."""
         factors = [group["factor"] for group in optimizer.param_groups]
@@ -241,7 +246,7 @@ def prepare(stage, args, run, resumed):
             aside = next(path for path in names if not path.exists())
             out.resolve().rename(aside)
             run.print(f"{out} held a run: moved to {aside.name} next to it (--resume would have continued it)")
-        out.mkdir(parents=True, exist_ok=True)
+        out.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link
         now = settings(stage, args, run)
         now["earlier"] = earlier_settings(out / "config.json", now) if resumed else []
         runtime.write(out / "config.json", lambda file: file.write(json.dumps(now, indent=2).encode() + b"\n"))
@@ -271,7 +276,8 @@ def begin(config, start, seed, fresh=(), copies=True):
     """A model of this Config with what a checkpoint has learned, except groups in `fresh` → VLMo,
     origin.
 
-    copies: whether experts that it lacks start from the vision experts, or from random weights.
+    copies: whether experts that it lacks start from the vision experts, or from random weights (attention
+    always from the image's).
     origin: {group: how it came}, empty without a checkpoint (see fit).
     """
     runtime.seed_all(seed)
@@ -312,7 +318,7 @@ def fit(model, tensors, config, path, copies=True):
                 how[group(name)] = "converted"
         elif group(name) in present or group(name) not in OPTIONAL:
             raise UserError(f"{path} lacks {name}")
-        elif vision in tensors and copies:
+        elif vision in tensors and (copies or ".attention." in name):
             state[name] = tensor if tensor.is_meta else tensors[vision].clone()
             how[group(name)] = "copied"
         else:
@@ -338,8 +344,7 @@ def load_model(path, needs=()):
     """
     start = path if isinstance(path, Checkpoint) else read(path)
     start.require(needs)
-    if start.words_embedded and not start.tokenizer:
-        raise UserError(f"{start.path} was imported without its vocabulary: import it again, with --vocab")
+    start.require_vocabulary()
     model, origin = begin(start.config, start, seed=0)
     for name, how in origin.items():
         if how == "fresh" and not name.startswith("blocks"):

@@ -109,15 +109,16 @@ def search(args, run):
         best = scores.topk(min(max(args.best, args.rerank), int((scores > -2).sum()))).indices.tolist()
         if not best:
             raise UserError(f"no image of {args.images} can be read")
-        if args.rerank:
-            images, K = torch.cat([view(source.image(i), config, run) for i in best]), len(best)
+        matches, first = {}, best[: args.rerank]
+        if first:
+            images, K = torch.cat([view(source.image(i), config, run) for i in first]), len(first)
             reranker = retrieval.Reranker(model, images, ids, mask, K, run.device, 64)
             pairs = torch.arange(K), torch.full((K,), q)
-            best, matches = retrieval.reranked(reranker, best, scores, *pairs)
+            best[:K], matches = retrieval.reranked(reranker, first, scores, *pairs)
         tiles = []
         print(title)
         for i, label, right in retrieval.results(source, title, scores, best[: args.best]):
-            label += f"  match {matches[i]:.0%}" if args.rerank else ""
+            label += f"  match {matches[i]:.0%}" if i in matches else ""
             print(f"  {label}  {source[i].image}{'  (right)' if right else ''}")
             tiles.append(drawing.tile(source.image(i), label, right))
         rows.append((title, tiles))
@@ -133,10 +134,10 @@ def search_texts(model, words, args, run):
     ids, mask = words.encode_all(texts)
     scores = retrieval.embed_texts(model, ids, mask, run.device, 64) @ model.embed_image(pixels)[0]  # (C,)
     best = scores.topk(min(max(args.best, args.rerank), len(scores))).indices.tolist()
-    if args.rerank:
-        reranker = retrieval.Reranker(model, pixels, ids, mask, len(best), run.device, 64)
-        pairs = torch.zeros(len(best), dtype=torch.int64), torch.tensor(best)
-        best, _ = retrieval.reranked(reranker, best, scores, *pairs)
+    if first := best[: args.rerank]:
+        reranker = retrieval.Reranker(model, pixels, ids, mask, len(first), run.device, 64)
+        pairs = torch.zeros(len(first), dtype=torch.int64), torch.tensor(first)
+        best[: len(first)], _ = retrieval.reranked(reranker, first, scores, *pairs)
     rows = [f"{k}.  {scores[n]:.3f}  {texts[n]}" for k, n in enumerate(best[: args.best], start=1)]
     print(found := "\n".join(rows))
     save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written(found)])]), args)
@@ -190,6 +191,7 @@ def ask(args, run):
     true."""
     task_file, Task = (vqa, vqa.VQA) if args.stage == "vqa" else (nlvr2, nlvr2.NLVR2)
     start = checkpoint.read(args.checkpoint)
+    start.require_vocabulary()
     Task.check(start, args)
     task = Task(args, start.config, start, run).to(run.device).eval()
     config = task.model.config
@@ -276,10 +278,11 @@ def masked(args, run):
         }
         tiles = [drawing.tile(drawing.from_tensor(one[0]), label) for label, one in views.items()]
         rows.append((f"{hidden.sum()} of {hidden.numel()} patches are hidden", tiles))
-    if "text" in known:
-        columns, seen = [], {"guess without the image": None}
-        if "pair" in known:
-            seen["with the image"] = pixels
+    seen = {"guess without the image": None} if "text" in known else {}
+    if "pair" in known:
+        seen["guess with the image"] = pixels
+    if seen:
+        columns = []
         for title, picture in seen.items():
             guessed = inside.guesses(start, model, words, ids[0], mask[0], picture)
             columns.append([title, *(f"{guess} {p:.0%}" for _, guess, p in guessed)])
@@ -293,6 +296,8 @@ def masked(args, run):
 
 def curve(args, run):
     """The losses of one run or several, and what was measured, from their metrics.jsonl."""
+    if len(args.runs) > len(drawing.COLORS):
+        raise UserError(f"{len(args.runs)} runs: there are colors for {len(drawing.COLORS)}")
     if not (chart := drawing.curves({run: [run] for run in args.runs}, args.only)):
         raise UserError(f"{' '.join(args.runs)}: nothing to draw")
     save(chart, args)
