@@ -116,7 +116,7 @@ def vocabulary(args, config, start, run, corpus):
     embedded = start.words_embedded if start else 0
     if known and given and given.get_vocab() != known.get_vocab():
         raise UserError(f"--vocab {args.vocab} is not the vocabulary that {start.path} was trained with")
-    if known and config.vocab_size != known.get_vocab_size():
+    if known and config.vocab_size < known.get_vocab_size():
         raise UserError(f"--vocab-size: {start.path} keeps its vocabulary of {known.get_vocab_size()}")
     if embedded and not known and not given:
         raise UserError(f"{start.path} was imported without its vocabulary: name it with --vocab")
