@@ -147,8 +147,9 @@ def patches_inside(places, config):
 def fills_in(start):
     """What a checkpoint has learned to fill in: a set of "image", "text" and "pair"."""
     if start.stage.startswith("momo-"):
-        decoders = {name.split(".")[0] for name in start.head}
-        return {"image", "text", "pair"} if "pair" in decoders else decoders
+        known = {"momo-image": {"image"}, "momo-text": {"image", "text"}}.get(start.stage, {"image", "text", "pair"})
+        left_out = {"momo-text": {"image"}, "momo-vl": {"text"}} if start.args.get("no_simultaneous") else {}
+        return known - left_out.get(start.stage, set())
     known = {"image"} if "dvae" in start.extra else set()
     if "mlm_head" in checkpoint.groups(start.tensors) and start.args.get("mlm_weight") != 0:
         known |= {"text"} if start.stage == "text" else {"text", "pair"}
@@ -179,7 +180,7 @@ def reconstructed(start, model, image, hidden, text=None, mask=None):
     else:
         decoders = momo.read_decoders(start, model.config).to(image.device)
         batch = {"image": image, "hidden": hidden}
-        if "image" not in decoders:
+        if "image" not in decoders and start.stage != "momo-text":
             batch |= {"masked": text, "labels": torch.full_like(text, IGNORE), "mask": mask}
         decoder = decoders["image" if "image" in decoders else "pair"]
         [batch] = with_counts([batch])

@@ -133,6 +133,18 @@ def test_stage_image_fills_in_the_likeliest_codes_in_the_place_of_each(monkeypat
     assert decoded == [codes[1 + n] if n % 3 == 0 else 7 for n in range(16)]
 
 
+@pytest.mark.parametrize(
+    "stage, flag, known",
+    [
+        ("momo-image", False, "image"), ("momo-text", False, "image text"), ("momo-text", True, "text"),
+        ("momo-vl", False, "image pair text"), ("momo-vl", True, "image pair"), ("momo-all", False, "image pair text"),
+    ],
+)  # fmt: skip
+def test_momo_fills_in_what_its_stage_has_learned(stage, flag, known):
+    start = SimpleNamespace(stage=stage, args={"no_simultaneous": flag})
+    assert inside.fills_in(start) == set(known.split())
+
+
 def test_guesses_are_the_likeliest_words_in_the_place_of_each(words):
     """Of a VLMo, next to an image and without."""
     model, (text, mask, image) = model_of(), pair(words)
