@@ -7,11 +7,12 @@ scarce, and pictures and texts are plentiful.
 
 Every run is a command, below. Its folder is runs/findings/NAME-SEED, and NAME-SEED.log has what it
 prints. A run that was stopped goes on, and one that is finished stays as it is. Next to them come, of
-each table, TABLE.md, TABLE-curves.png and TABLE-answers.png.
+each table, TABLE.md, TABLE-curves.png, and TABLE-answers.png if its rows answer questions.
 """
 
 import itertools
 import json
+import math
 import os
 import signal
 import statistics
@@ -223,7 +224,7 @@ def start(name, seed, args):
     out = folder(name, seed, args)
     log = out.with_suffix(".log")
     # The log begins with all the commands that the run depends on: one that has changed begins anew
-    head = "".join(" ".join(arguments(one, seed, args)) + "\n" for one in with_needs(name))
+    head = "".join(f"{command(one)} --seed {seed}\n" for one in with_needs(name))
     begun = log.exists() and log.read_text().startswith(head)
     if begun and result(out):
         return None
@@ -243,6 +244,9 @@ def arguments(name, seed, args):
     return [*words, "--seed", str(seed), "--out", str(folder(name, seed, args))]
 
 
+BEGINS = "\n$"  # what comes after this in a log is of one start
+
+
 def launch(words, processes, jobs, log):
     """Starts one of our scripts, whose output is added to a log. → its process."""
     python = [sys.executable]
@@ -251,14 +255,18 @@ def launch(words, processes, jobs, log):
     script = Path(__file__).with_name(words[0])
     threads = {"OMP_NUM_THREADS": str(max(1, runtime.cores() // jobs // processes))}
     with open(log, "a") as file:
-        return subprocess.Popen([*python, script, *words[1:]], stdout=file, stderr=file, env=os.environ | threads)
+        print(BEGINS, *words, file=file, flush=True)
+        where = dict(stdout=file, stderr=file, env=os.environ | threads)
+        # In a session of its own: Ctrl-C asks us only, and we ask it to end
+        return subprocess.Popen([*python, script, *words[1:]], start_new_session=True, **where)
 
 
 def check(name, seed, args, process):
     """UserError if a run has failed."""
     if process and process.returncode:
         log = folder(name, seed, args).with_suffix(".log")
-        lines = [line for line in log.read_text().splitlines() if ": error: " in line]
+        _, _, text = log.read_text().rpartition(BEGINS)
+        lines = [line for line in text.splitlines() if ": error: " in line]
         said = lines[-1] if lines else f"status {process.returncode}"
         raise UserError(f"{name}, seed {seed}: {said} (full output: {log})")
 
@@ -314,8 +322,8 @@ def seconds(out):
 
 
 def mean_and_error(numbers):
-    """The mean, and its standard error (0 of a single number)."""
-    error = statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
+    """The mean, and its standard error (NaN of a single number)."""
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else math.nan
     return statistics.mean(numbers), error
 
 
@@ -413,7 +421,8 @@ def main():
     flag("--report", action="store_true", help="train nothing")
     flag("--out", default="runs/findings", metavar="DIR", help="where the runs go")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
     if not args.report:
         train_all(runs_of(TABLES[name] for name in args.only), args)
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -98,16 +98,18 @@ def test_a_run_comes_after_what_it_needs_goes_on_and_begins_anew_if_a_command_ch
         launched.append((out.name, "--resume" in words))
         if out.name == broken:
             with open(log, "a") as file:
-                file.write("train.py: error: the disk is full\n====\n")
+                print(findings.BEGINS, *words, f"\n{said}\n====", file=file)
             return SimpleNamespace(poll=lambda: 2, returncode=2)
         write_run(out, mean=50.0, accuracy=50.0)
         return ENDED
 
     monkeypatch.setattr(findings, "launch", launch)
     monkeypatch.setattr(findings.time, "sleep", lambda seconds: None)
-    args, broken = settings(tmp_path), "image-0"
+    args, broken, said = settings(tmp_path), "image-0", "train.py: error: the disk is full"
     names = findings.runs_of([findings.TABLES["table4"]])
-    refused(findings.train_all, names, args, says="image, seed 0: train.py: error: the disk is full")
+    refused(findings.train_all, names, args, says=f"image, seed 0: {said}")
+    said = "killed"
+    refused(findings.train_all, names, args, says="image, seed 0: status 2")  # not what it said before
     launched.clear()
     broken = None
     findings.train_all(names, args)
