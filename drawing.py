@@ -1,6 +1,8 @@
 """Pictures for people, drawn with Pillow only: sheets of labelled images, heat maps, charts of curves."""
 
 import collections
+import contextlib
+import functools
 import math
 import statistics
 import textwrap
@@ -11,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from log import read_metrics
 
-FONT = ImageFont.load_default(14)
+FONT = ImageFont.load_default(14)  # it has the letters of English only
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")  # of systems
 LINE = 18  # pixels from one line of text to the next
 PAPER, INK, PALE, GREEN = "white", (40, 40, 40), (215, 215, 215), (0, 150, 60)
 COLORS = ((31, 110, 200), (220, 90, 20), (30, 150, 80), (150, 60, 170), (200, 40, 60), (110, 110, 110))
@@ -19,15 +22,24 @@ COLORS = ((31, 110, 200), (220, 90, 20), (30, 150, 80), (150, 60, 170), (200, 40
 # ---- Pictures made of pictures -------------------------------------------------------------------
 
 
+@functools.cache
+def font(english):
+    """The font of a text; of one that is not English the system's, if it has one of FONTS."""
+    for name in () if english else FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, 14)
+    return FONT
+
+
 def written(text, characters=80, color=INK):
     """A text as a picture, in lines of at most so many characters."""
-    lines = []
+    lines, letters = [], font(text.isascii())
     for line in text.split("\n"):
         lines += textwrap.wrap(line, characters) or [""]
-    width = math.ceil(max(FONT.getlength(line) for line in lines))
+    width = math.ceil(max(letters.getlength(line) for line in lines))
     picture = Image.new("RGB", (max(1, width), LINE * len(lines)), PAPER)
     for number, line in enumerate(lines):
-        ImageDraw.Draw(picture).text((0, LINE * number), line, color, FONT)
+        ImageDraw.Draw(picture).text((0, LINE * number), line, color, letters)
     return picture
 
 
@@ -105,6 +117,8 @@ def curves(runs, only=None):
     for (title, run, step), values in found.items():
         panels.setdefault(title, {}).setdefault(run, []).append((step, statistics.mean(values)))
     for title, curves in list(panels.items()):
+        for curve in curves.values():
+            curve.sort()  # a run that was stopped has a line more, which others lack
         if all(len({y for _, y in curve}) < 2 for curve in curves.values()):
             del panels[title]
     return chart(panels, list(runs)) if panels else None
@@ -112,8 +126,8 @@ def curves(runs, only=None):
 
 def chart(panels, names):
     """Curves of several runs as one picture. panels: {title: {name: [(x, y), …]}}; names: of the
-    runs, in the order of their colors."""
-    colors = {name: COLORS[k % len(COLORS)] for k, name in enumerate(names)}
+    runs, in the order of their colors, at most as many as there are COLORS."""
+    colors = dict(zip(names, COLORS))
     plots = [plot(title, curves, colors) for title, curves in panels.items()]
     rows = [beside(plots[k : k + 3], gap=20) for k in range(0, len(plots), 3)]
     legend = below([written(name, color=colors[name]) for name in names], gap=0)

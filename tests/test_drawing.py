@@ -50,11 +50,12 @@ def test_curves_are_of_what_changed_in_several_runs(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(drawing, "chart", lambda panels, names: drawn.append((panels, names)))
     other = tmp_path / "other.jsonl"
-    other.write_text('{"step": 10, "itc": 2}\n{"step": 20, "itc": 1}\n')
+    other.write_text('{"step": 10, "itc": 2}\n{"step": 13, "itc": 5}\n{"step": 20, "itc": 1}\n')
     drawing.curves({"one": [tmp_path / "one"], "two": [path, other]})
     [(panels, names)] = drawn
     assert list(panels) == ["itc", "accuracy, split val"] and names == ["one", "two"]
-    assert panels["itc"] == {"one": [(10, 4), (20, 2), (30, 40 / 30)], "two": [(10, 3), (20, 1.5), (30, 40 / 30)]}
+    assert panels["itc"]["one"] == [(10, 4), (20, 2), (30, 40 / 30)]
+    assert panels["itc"]["two"] == [(10, 3), (13, 5), (20, 1.5), (30, 40 / 30)]  # means, in order
     drawing.curves({"one": [path]}, only=["lr"])
     assert len(drawn) == 1  # it never changes
     for damaged in ("5\n", '{"itc": 1}\n', "{\n"):
