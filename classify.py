@@ -19,7 +19,7 @@ from loader import Loader
 from mome import initialise, unit
 from records import Records
 from runtime import UserError
-from sources import absent, image_files, read_splits, task_folder
+from sources import absent, has_split_folders, image_files, read_splits, task_folder
 from stage import Task, task_flags
 from texts import read_lines, vocabulary
 
@@ -41,17 +41,21 @@ class Classify(Task):
     def evaluation_flags(parser):
         zero_shot = "needs no head: the class whose captions the dual encoder finds nearest"
         parser.add_argument("--zero-shot", action="store_true", help=zero_shot)
-        captions = "captions of a class, of which the mean counts; {} is its name"
-        parser.add_argument("--templates", nargs="+", default=["a {}"], metavar="TEXT", help=captions)
+        captions = "captions of a class, of which the mean counts; {} is its name (default: a {})"
+        parser.add_argument("--templates", nargs="+", metavar="TEXT", help=captions)
         names = "FOLDER NAME, … per line, as in ImageNet's LOC_synset_mapping.txt (default: the folders' names)"
         parser.add_argument("--class-names", metavar="FILE", help=names)
 
     @staticmethod
     def check(start, args):
-        if args.zero_shot:
-            start.require(["itc_image", "itc_text"])
-        else:
-            Task.check(start, args)
+        if not args.zero_shot:
+            if args.templates or args.class_names:
+                raise UserError("--templates and --class-names are of --zero-shot")
+            return Task.check(start, args)
+        start.require(["itc_image", "itc_text"])
+        for template in args.templates or []:
+            if "{}" not in template:
+                raise UserError(f'--templates: "{template}" has no {{}}, the place of a name')
 
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
@@ -63,7 +67,9 @@ class Classify(Task):
         self.tokenizer = start.tokenizer if start else None  # of an earlier stage with text
 
         train = self.sources["train"] if args.training else None
-        self.set_choices(sorted(labels(train)) if train else None)
+        # A split by a hash may leave no image of a small class for training
+        known = [train] if has_split_folders(args.data[0]) else self.sources.values()
+        self.set_choices(sorted(set().union(*map(labels, known))) if train else None)
         for source in self.sources.values():
             if unknown := labels(source).difference(self.choices):
                 raise UserError(f"class {min(unknown)} is none of those that the model is trained on")
@@ -82,11 +88,15 @@ class Classify(Task):
         self.features = self.model.embed_image
         self.choices = sorted(labels(self.sources[args.split]))
         words, _ = vocabulary(args, config, start, run, corpus=None)
-        names = read_names(args.class_names) if args.class_names else {}
+        names = {choice: choice.replace("_", " ") for choice in self.choices}
+        if args.class_names:
+            names = read_names(args.class_names)
         vectors = []
         for choice in self.choices:
-            name = names.get(choice, choice.replace("_", " "))
-            ids, mask = words.encode_all([template.replace("{}", name) for template in args.templates])
+            if choice not in names:
+                raise UserError(f"--class-names {args.class_names} has no name of class {choice}")
+            templates = args.templates or ["a {}"]
+            ids, mask = words.encode_all([template.replace("{}", names[choice]) for template in templates])
             mean = self.model.embed_text(ids.to(run.device), mask.to(run.device)).mean(0)  # (D,)
             vectors.append(unit(mean))
         self.head = nn.Linear(config.dim, len(self.choices), bias=False)
@@ -127,7 +137,7 @@ class Probe(Classify):
 
     @staticmethod
     def evaluation_flags(parser):
-        parser.set_defaults(zero_shot=False)
+        parser.set_defaults(zero_shot=False, templates=None, class_names=None)
 
     def features(self, image):
         with torch.no_grad():
@@ -194,9 +204,9 @@ def read(paths, split, image_size):
 def read_names(path):
     """{folder: the first of its class's names}."""
     names = {}
-    for line in read_lines(path):
-        folder, _, name = line.partition(" ")
-        names[folder] = name.split(",")[0].strip()
+    for line in filter(None, read_lines(path)):
+        folder, *known = line.split(maxsplit=1)
+        names[folder] = " ".join(known).split(",")[0].strip()
     return names
 
 

@@ -13,7 +13,7 @@ from files import picture
 import classify
 import data
 import losses
-from classify import Probe, Standardise, WorldClasses, read
+from classify import Classify, Probe, Standardise, WorldClasses, read
 from glue import RTE, WorldEntailment
 from mome import VLMo, classifier
 from nlvr2 import NLVR2, WorldStatements
@@ -33,6 +33,12 @@ def test_classes_are_folders_or_name_the_first_thing_of_a_scene(tmp_path):
     assert [source[i].label for i in range(len(source))] == ["cat", "dog"]
     refused(read, [tmp_path], "test", 8, error=data.Absent)
     refused(read, [str(tmp_path)] * 2, "val", 8)
+    for k in range(120):  # split by a hash: some classes have no image for training
+        picture(tmp_path / f"many/{k}/1.png")
+    args = SimpleNamespace(training=True, splits=data.SPLITS, data=[str(tmp_path / "many")], stage="classify")
+    vars(args).update(seed=0, head_factor=1.0, augment=None, no_flip=True)
+    task = Classify(args, SMALL, None, None)
+    assert len(task.choices) == 120 > len(task.sources["train"]) > 100
     for i in range(9):
         caption = World("train", 8)[i].captions[0].replace(",", "")  # "a small red star …"
         assert read(["shapes"], "train", 8)[i].label == " ".join(caption.split()[2:4])

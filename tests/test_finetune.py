@@ -198,13 +198,16 @@ def test_zero_shot_the_class_is_that_of_the_nearest_captions(start, tmp_path, ca
     ask += ["--class-names", tmp_path / "names.txt", "--templates", "a {}", "a small {} above"]
     call("evaluate", *ask)
     assert answer(capsys)["accuracy"] == pytest.approx(100 * right / 5)
+    refused(call, "evaluate", *ask, "a small one", says="no {}")
+    write_lines(tmp_path / "names.txt", "n1\tred circle")
+    refused(call, "evaluate", *ask, says="class n2")
 
 
 # ---- Mistakes ------------------------------------------------------------------------------------
 
 REFUSED = """
 finetune --init vl/last.pt | finetune --task retrieval --head-factor 3 --init vl/last.pt
-finetune --task vqa --itm-weight 1 | finetune --task nlvr2 --trainval
+finetune --task vqa --itm-weight 1 | finetune --task nlvr2 --trainval | finetune --task vqa --trainval
 finetune --task vqa --init vl/last.pt --config base | finetune --task vqa --epochs 0
 finetune --task vqa --epochs nan | finetune --task vqa --init vl/last.pt --image-size 17
 finetune --task vqa --data absent | finetune --task retrieval --data absent
