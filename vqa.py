@@ -124,6 +124,8 @@ class WorldQuestions(shapes.World):
 
 def read_sources(args, image_size):
     """{split: source} of --data. Training leaves out test2015, whose answers are not published."""
+    if shapes.asked(args.data) and args.training and args.trainval:
+        raise UserError("--trainval: the built-in world has no split trainval")
     if not args.training or shapes.asked(args.data):
         return read_splits(args.splits, lambda split: read(args.data, split, image_size))
     names = {"train": "trainval", "val": "minival"} if args.trainval else {}
@@ -193,8 +195,8 @@ def questions(folder, split):
 
 def own_questions(path):
     """Records of a manifest: {"image": path below its folder, "question", "answers": [text, …]}, one
-    per line; in no line answers if they are not known. Lists of fewer than ten are repeated, so that
-    an answer counts as in VQA 2.0."""
+    per line; in no line answers if they are not known. Fewer than ten are stretched to ten, so
+    that an answer counts as in VQA 2.0."""
     without = set()
     for number, (where, entry) in enumerate(json_lines(path)):
         image, text = fields(where, entry, image=str, question=str)
@@ -209,7 +211,8 @@ def own_questions(path):
         if not isinstance(answers, list) or not answers or not all(isinstance(one, str) for one in answers):
             raise UserError(f"{where}: answers must be a list of at least one text")
         [(majority, _)] = collections.Counter(answers).most_common(1)
-        yield Question(file, text, number, answers * -(-10 // len(answers)), majority, "other")
+        ten = [answers[k * len(answers) // 10] for k in range(10)]
+        yield Question(file, text, number, ten if len(answers) < 10 else answers, majority, "other")
 
 
 def annotations(path):

@@ -96,8 +96,8 @@ def test_a_manifest_of_own_questions(tmp_path):
     write_lines(tmp_path / "train.jsonl", *lines)
     source = task.read([tmp_path], "train", 8)
     file = str(tmp_path / "below/a.png")
-    twelve = ["a dog", "dog", "a dog"] * 4
-    assert source[0] == Question(file, "What is it?", 0, twelve, "a dog", "other")
+    ten = ["a dog"] * 4 + ["dog"] * 3 + ["a dog"] * 3  # an answer counts as in VQA 2.0
+    assert source[0] == Question(file, "What is it?", 0, ten, "a dog", "other")
     assert source[1].answers == ["yes"] * 10 and task.accuracy("Yes.", source[1].answers) == 1
     args = SimpleNamespace(data=[str(tmp_path)], trainval=False)
     assert task.answers_to_learn(args, {"train": source}) == ["dog", "yes"]  # each came once
