@@ -69,7 +69,7 @@ def flags(parser, images=None, text=False, exclude=True):
         mirrored = "mirror no image, for texts that say left and right (the built-in world never is)"
         group.add_argument("--no-flip", action="store_true", help=mirrored)
     if images and exclude:
-        names = "names of image files (without folders), one a line, that training leaves out"
+        names = "names of image files (without folders), one a line, that training leaves out of --data"
         group.add_argument("--exclude", metavar="FILE", help=names)
     if text:
         known = "(default: the checkpoint's, or a new one)"

@@ -152,8 +152,9 @@ class DVAE(Stage):
         temperature = COLD ** (self.step / self.steps)
         pixels, reconstruction, logits = self.model(batch["image"], temperature)
         out = dvae_losses(pixels, reconstruction, logits)
-        used = logits.new_zeros(1, logits.shape[-1]).index_fill(1, logits.argmax(-1).flatten(), 1)  # (1, K)
-        out["codes"] = losses.gather(used).amax(0).sum().float()  # used in this batch
+        used = torch.zeros(1, logits.shape[-1], device=logits.device)  # (1, K)
+        used.index_fill_(1, logits.argmax(-1).flatten(), 1)
+        out["codes"] = losses.gather(used).amax(0).sum()  # used in this batch
         return out
 
     @torch.no_grad()

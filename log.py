@@ -69,6 +69,7 @@ class Log:
         shares = torch.stack([*means, *others]).double() / self.run.world
         # The only wait for the device
         *means, size, skipped, unreadable, waited = losses.over_processes(shares)
+        skipped = round(skipped)
         values, steps = dict(zip(self.sums, means)), step - self.step
         if skipped:
             values["gradient norm"] *= steps / max(steps - skipped, 1)
@@ -79,7 +80,7 @@ class Log:
         self.in_a_row = self.in_a_row + steps if skipped == steps else 0
         if self.in_a_row >= 100 or (step == self.args.steps and self.applied == 0):
             raise UserError(f"fp16 has skipped the last {self.in_a_row} updates, because gradients overflow: use --amp bf16")
-        counts = {"skipped": round(skipped)} if self.args.amp == "fp16" else {}
+        counts = {"skipped": skipped} if self.args.amp == "fp16" else {}
         rate = {f"{self.stage.unit}_per_s": steps * self.args.batch_size / (time.perf_counter() - self.clock)}
         rate["waited_s"] = round(waited, 3)  # for data, on average over processes
         self.line(step=step, **values, lr=lr, **rate, **counts, unreadable=round(unreadable * self.run.world))

@@ -168,7 +168,7 @@ class MoMoText(MoMo, Stage):
         self.tokenizer = words.tokenizer
         self.texts = hidden_texts(args, words)
         self.set_up(args, config, start, modalities)
-        self.sources = self.pictures or self.texts
+        self.sources = self.texts | self.pictures  # its splits are those of both
         self.samples = [self.texts["train"]]
         if self.pictures:
             self.samples.append(image_samples(self.pictures, args, config))
@@ -201,7 +201,8 @@ class MoMoVL(MoMo, VL):
         group = parser.add_argument_group("stage momo-vl")
         weight_flag(group, "itc", 1.0)
         weight_flag(group, "itm", 1.0)
-        group.add_argument("--negatives", choices=["global", "local"], default="global", help="Table 6")
+        negatives = "where hard negatives come from: all processes, or this one (VLMo's Table 6)"
+        group.add_argument("--negatives", choices=["global", "local"], default="global", help=negatives)
         momo_flags(parser, base, images="randaugment")
 
     def __init__(self, args, config, start, run):

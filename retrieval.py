@@ -258,9 +258,9 @@ def kept_vectors(model, source, path, checkpoint, device):
 
 
 def stamp(path):
-    """A file's path, time and size."""
+    """A file's path, times (of its content, and of its permissions) and size."""
     state = os.stat(path)
-    return f"{os.path.abspath(path)} {state.st_mtime_ns} {state.st_size}"
+    return f"{os.path.abspath(path)} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_size}"
 
 
 def stamp_of_image(picture):

@@ -72,7 +72,7 @@ class World:
         if len(paths) > 1 or name != "shapes":
             return None
         if colon and (not count.isdecimal() or int(count) == 0):
-            raise UserError(f"--data {paths[0]}: shapes:N has N scenes to train on, 1 or more")
+            raise UserError(f"{paths[0]}: shapes:N has N scenes to train on, 1 or more")
         scarce = split == "train" and bool(colon)
         return cls(split, image_size, int(count) if scarce else None, scarce)
 

@@ -122,7 +122,7 @@ def without(records, names):
 
 def absent(paths, split, captions):
     """The error that there are no such pictures, which says what there is."""
-    data = f"--data {' '.join(map(str, paths))}"
+    data = " ".join(map(str, paths))
     known = [name for name in SPLITS if any(has_split(folder, name) for folder in paths)]
     if split not in known:
         return Absent(f"{data} has no split {split}, but {', '.join(known)}")
@@ -156,7 +156,7 @@ def task_records(kind, records, split):
 
 def check_folder(folder):
     if not Path(folder).is_dir():
-        raise UserError(f"--data {folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
 
 
 # ---- Missing images ------------------------------------------------------------------------------
