@@ -12,7 +12,6 @@ each table, TABLE.md, TABLE-curves.png, and TABLE-answers.png if its rows answer
 
 import itertools
 import json
-import math
 import os
 import signal
 import statistics
@@ -65,6 +64,7 @@ RUNS = {  # {NAME} in a command is the checkpoint of another run with the same s
     "momo-all": f"train.py --stage momo-all {PAIRS} --init {{momo-image}} --steps 1800",
 }
 PROCESSES = {"local": 4}  # all other runs: 1
+BEGINS = "\n$"  # in a log, before what one start of a run prints
 TASKS = {  # of a row: NAME+TASK. 600 steps of NLVR2, 400 of the others
     "nlvr2": "finetune.py --task nlvr2 --batch-size 32 --epochs 0.048 --eval-every 0",
     "vqa": "finetune.py --task vqa --batch-size 32 --epochs 0.032 --eval-every 0",
@@ -173,17 +173,12 @@ def with_needs(name):
     return [*(run for other in needs(name) for run in with_needs(other)), name]
 
 
-def measured(row, measure):
-    """The run that a measure of a row is of."""
-    return MEASURES[measure][0].format(row)
-
-
 def runs_of(tables):
     """The runs of some tables, each once, and after all that it needs."""
     found = []
     for table in tables:
         for row, measure in itertools.product(table.rows, table.measures):
-            found += with_needs(measured(row, measure))
+            found += with_needs(MEASURES[measure][0].format(row))
     return list(dict.fromkeys(found))
 
 
@@ -244,9 +239,6 @@ def arguments(name, seed, args):
     return [*words, "--seed", str(seed), "--out", str(folder(name, seed, args))]
 
 
-BEGINS = "\n$"  # what comes after this in a log is of one start
-
-
 def launch(words, processes, jobs, log):
     """Starts one of our scripts, whose output is added to a log. → its process."""
     python = [sys.executable]
@@ -254,11 +246,11 @@ def launch(words, processes, jobs, log):
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = Path(__file__).with_name(words[0])
     threads = {"OMP_NUM_THREADS": str(max(1, runtime.cores() // jobs // processes))}
+    # In a session of its own: Ctrl-C asks us only, and we ask it to end
+    options = dict(env=os.environ | threads, start_new_session=True)
     with open(log, "a") as file:
         print(BEGINS, *words, file=file, flush=True)
-        where = dict(stdout=file, stderr=file, env=os.environ | threads)
-        # In a session of its own: Ctrl-C asks us only, and we ask it to end
-        return subprocess.Popen([*python, script, *words[1:]], start_new_session=True, **where)
+        return subprocess.Popen([*python, script, *words[1:]], stdout=file, stderr=file, **options)
 
 
 def check(name, seed, args, process):
@@ -280,7 +272,7 @@ def folder(name, seed, args):
 
 def entries(out):
     """The lines of a run's metrics.jsonl."""
-    path = Path(out, "metrics.jsonl")
+    path = out / "metrics.jsonl"
     return [entry for _, entry in read_metrics(path)] if path.exists() else []
 
 
@@ -292,9 +284,10 @@ def result(out):
 
 def values(row, measure, args):
     """A measure of a row, of each seed that is finished."""
-    outs = [folder(measured(row, measure), seed, args) for seed in range(args.seeds)]
+    run, name = MEASURES[measure]
+    outs = [folder(run.format(row), seed, args) for seed in range(args.seeds)]
     read = rare if measure == "rare things" else result
-    return [read(out)[MEASURES[measure][1]] for out in outs if result(out)]
+    return [read(out)[name] for out in outs if result(out)]
 
 
 def rare(out):
@@ -323,7 +316,7 @@ def seconds(out):
 
 def mean_and_error(numbers):
     """The mean, and its standard error (NaN of a single number)."""
-    error = statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else math.nan
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else float("nan")
     return statistics.mean(numbers), error
 
 
@@ -371,10 +364,8 @@ def header(*texts):
 
 def in_short(numbers):
     """The mean, its standard error, and the numbers."""
-    if not numbers:
-        return ""
     listed = ", ".join(f"{number:.1f}" for number in numbers)
-    return "{:.1f} ± {:.1f} ({})".format(*mean_and_error(numbers), listed)
+    return "{:.1f} ± {:.1f} ({})".format(*mean_and_error(numbers), listed) if numbers else ""
 
 
 # ---- Pictures ------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def test_every_run_trains_and_is_measured(tmp_path, monkeypatch):
             assert metrics(tmp_path / f"{row}-0")[-2]["step"] == 2
             assert findings.minutes(row, args)[0] > 0
             for measure in table.measures:
-                if findings.measured(row, measure) in (row, *tasks):
+                if findings.MEASURES[measure][0].format(row) in (row, *tasks):
                     assert len(findings.values(row, measure, args)) == 1
     assert findings.curves(findings.TABLES["momo3"].rows, args)
     assert findings.answers(findings.TABLES["table5"].rows, args, count=2)
