@@ -149,8 +149,7 @@ class Checkpoint:
 
 
 def check_averages(state, optimizer):
-    """AssertionError if an optimizer's saved state is not of its parameters: fused AdamW would read
-    and write beyond its memory."""
+    """AssertionError for averages of other parameters: fused AdamW would leave their memory."""
     saved = [number for group in state["param_groups"] for number in group["params"]]
     own = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(saved) == len(own)
@@ -195,8 +194,7 @@ def read(path, resumed=False):
 
 
 def save(path, stage, args, run, step, record, optimizer=None, scaler=None):
-    """Writes a checkpoint, on process 0: settings, what has been learned, and what a resumed run
-    needs."""
+    """Writes a checkpoint, on process 0: settings, what was learned, what a resumed run needs."""
     if not run.main:
         return
     taken = [name for name, how in stage.origin.items() if how in ("taken", "resampled")]
@@ -226,8 +224,7 @@ def settings(stage, args, run):
 
 
 def learned(model, taken):
-    """The part of the state dict to save: groups in `taken`, those that train now, and what every
-    file has."""
+    """What to save of the state dict: groups in `taken`, those that train, and what every file has."""
     kept = {*taken, *trainable(model)}
     return {name: t for name, t in model.state_dict().items() if group(name) in kept or group(name) not in OPTIONAL}
 
@@ -364,8 +361,7 @@ def counterparts(tensors, own):
 
 
 def load_exactly(module, tensors, path):
-    """Loads a state dict of exactly this module's names and shapes. UserError that names the first
-    that differs."""
+    """Loads a state dict of exactly this module's names and shapes; UserError for any other."""
     wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in wanted | found:

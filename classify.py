@@ -163,8 +163,7 @@ PICTURES = 4096  # enough for mean and deviation
 
 
 class Standardise(nn.Module):
-    """(x − mean) / deviation of features (b, D), with numbers that are set once; 0 and 1 until
-    then."""
+    """(x − mean) / deviation of features (b, D); 0 and 1 until they are set, once."""
 
     def __init__(self, features):
         super().__init__()

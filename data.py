@@ -4,9 +4,9 @@ A *source* has `len(source)`; `source[i]`, a record of what is known of sample i
 an RGB image or a tuple of two, or `source.image(i, view)`, for a training view of that side; and
 `source.drawn`, True for the built-in world, whose images are augmented only if that is asked for,
 and never mirrored. Sources with text also have
-`source.corpus()`, texts to train a vocabulary on, which can be read more than once; those of
-pictures with captions, `source.caption_ends()`. Every random choice about a sample is a function of
-(seed, epoch, index), so the order of workers does not matter.
+`source.corpus()`, texts to train a vocabulary on; those of pictures with captions,
+`source.caption_ends()`. Every random choice about a sample is a function of (seed, epoch, index), so
+the order of workers does not matter.
 
 Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of an image in
 pixels.
@@ -30,25 +30,12 @@ from runtime import UserError, at_least, workers
 
 
 class Picture(NamedTuple):
-    """A record of a picture and its captions, or none. Pictures of one item are no negatives of
-    each other."""
+    """A picture and its captions, or none. Pictures of one item are no negatives of each other."""
 
     image: str  # the path, or a name; in a shard, SHARD.tar/NAME
     captions: list
     item: str
     at: tuple = None  # of an image in a shard: (file, offset, size)
-
-
-class Corpus:
-    """Texts to train a vocabulary on, which can be read more than once and are never all in memory.
-    Each part is a function; its texts come one after the other."""
-
-    def __init__(self, *parts):
-        self.parts = parts
-
-    def __iter__(self):
-        for part in self.parts:
-            yield from part()
 
 
 class Absent(UserError):
@@ -82,8 +69,7 @@ def flags(parser, images=None, text=False, exclude=True):
 
 
 def stable_hash(text):
-    """A 63-bit number of a text, the same in every process and run (Python's own hash is
-    salted)."""
+    """63 bits of a text, the same in every process (Python's own hash is salted)."""
     code = text.encode("utf-8", "surrogatepass")  # names of files need not be valid text
     return int.from_bytes(hashlib.blake2b(code, digest_size=8).digest(), "big") >> 1
 
@@ -92,8 +78,7 @@ SPLITS = ("train", "val", "test")
 
 
 def split_by_hash(name):
-    """The split of what has none: by a hash of its name or text, a fiftieth each for val and
-    test."""
+    """The split of what has none: by a hash of its name or text, a fiftieth each for val and test."""
     return {0: "test", 1: "val"}.get(stable_hash(name) % 50, "train")
 
 
@@ -178,8 +163,7 @@ class Pairs(Images):
 
 
 class Examples(Images):
-    """Training samples of a task: besides those of Images, text and mask (T,) if it has texts;
-    target, a tensor."""
+    """Training samples of a task: besides the image text, mask (T,) if it has texts; target, a tensor."""
 
     def __init__(self, source, words, target, image_size, args, usual="randaugment"):
         """words: None if the task has no texts. target: (record) → tensor."""
@@ -274,8 +258,7 @@ def stack(views):
 
 
 def pictures(source, batches, size, device):
-    """For each list of numbers in batches: uint8 (n, 3, S, S), or pairs (n, 2, 3, S, S). Unreadable
-    if one is."""
+    """For each list of numbers: uint8 (n, 3, S, S), or pairs (n, 2, 3, S, S). Unreadable if one is."""
     loader = DataLoader(Views(source, size), batch_sampler=batches, collate_fn=stack, **workers(device))
     for views in loader:
         if isinstance(views, str):
@@ -284,8 +267,7 @@ def pictures(source, batches, size, device):
 
 
 def shard(count, batch):
-    """This process's share of 0 … count−1, in batches. Shares are equally long: the last number may
-    come again."""
+    """This process's share of 0 … count−1, in batches; shares are equally long, the last may repeat."""
     share = -(-count // losses.world())
     first = min(losses.rank() * share, count)
     mine = [min(first + k, count - 1) for k in range(share)]
@@ -293,7 +275,6 @@ def shard(count, batch):
 
 
 def sample_batches(count, batch=64):
-    """This process's share of 0 … count−1 (10,000 at most), each number once over all processes, in
-    batches."""
+    """This process's share of 0 … count−1 (10,000 at most), in batches; each number comes once."""
     mine = list(range(losses.rank(), min(count, 10_000), losses.world()))
     return [mine[k : k + batch] for k in range(0, len(mine), batch)]

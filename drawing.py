@@ -135,8 +135,7 @@ def chart(panels, names):
 
 
 def plot(title, curves, colors, width=330, height=200):
-    """Curves {name: [(x, y), …]} in a frame with ticks; y is on a log scale if it spans a factor of
-    ten above 0."""
+    """Curves {name: [(x, y), …]} in a frame with ticks; y on a log scale if it spans a factor of ten."""
     xs = [x for curve in curves.values() for x, _ in curve]
     ys = [y for curve in curves.values() for _, y in curve]
     log = min(ys) > 0 and max(ys) >= 10 * min(ys)

@@ -73,8 +73,7 @@ class Tokenizer(nn.Module):
         return image
 
     def encode(self, image):
-        """The likeliest code of each cell, row by row, in full precision. image (B, 3, S, S) → (B,
-        N) int64."""
+        """image (B, 3, S, S) → the likeliest code of each cell, row by row, (B, N); in full precision."""
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             return self.encoder(self.pixels(image)).argmax(1).flatten(1)
 
@@ -83,8 +82,7 @@ class Tokenizer(nn.Module):
         return self._decode(self.codebook(codes))
 
     def forward(self, image, temperature):
-        """image (B, 3, S, S) → pixels and their reconstruction (B, 3, 8G, 8G), logits (B, N, K) of
-        the codes."""
+        """image (B, 3, S, S) → pixels, their reconstruction (B, 3, 8G, 8G), logits of codes (B, N, K)."""
         pixels = self.pixels(image)
         logits = self.encoder(pixels).flatten(2).transpose(1, 2)  # (B, N, K)
         drawn = F.gumbel_softmax(logits.float(), temperature)  # (B, N, K): nearly one-hot when cold
@@ -109,8 +107,7 @@ def dvae_losses(pixels, reconstruction, logits):
 
 
 def codebook_use(counts):
-    """counts (K,): how often each code serves → how many do, and their perplexity exp(entropy): K
-    if all do equally."""
+    """How often each code serves, (K,) → how many do, and their perplexity: K if all do equally."""
     share = counts.double() / counts.sum()
     return int((share > 0).sum()), math.exp(-(share * share.clamp(min=1e-20).log()).sum().item())
 

@@ -66,18 +66,59 @@ def ranks(values):
 # ---- The tasks -----------------------------------------------------------------------------------
 
 
+class Files(NamedTuple):
+    """What a task has of its own."""
+
+    folder: str  # in the folder of --data
+    columns: list = ["sentence1", "sentence2"]  # of the texts
+    label: str = "label"  # the column of the answer
+    labels: list = ["0", "1"]  # the classes; [] for a task that predicts a number
+    metrics: dict = {"accuracy": accuracy}  # by the first the best step is chosen
+    header: list | None = None  # the columns of train and val, where their first line does not name them
+    files: dict = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
+
+
+FOLLOWS = ["entailment", "not_entailment"]
+FILES = {
+    # Is a sentence acceptable?
+    "cola": Files(
+        "CoLA",
+        ["sentence"],
+        metrics={"matthews": pearson, "accuracy": accuracy},
+        header=["source", "label", "mark", "sentence"],
+    ),
+    # Is a sentence about a film positive?
+    "sst-2": Files("SST-2", ["sentence"]),
+    # Do two sentences say the same? Do two questions ask the same?
+    "mrpc": Files("MRPC", ["#1 String", "#2 String"], "Quality", metrics={"accuracy": accuracy, "f1": f1}),
+    "qqp": Files("QQP", ["question1", "question2"], "is_duplicate", metrics={"accuracy": accuracy, "f1": f1}),
+    # How similar are two sentences, from 0 to 5?
+    "sts-b": Files("STS-B", label="score", labels=[], metrics={"pearson": pearson, "spearman": spearman}),
+    # Does the second sentence follow from the first, contradict it, or neither?
+    "mnli": Files(
+        "MNLI",
+        label="gold_label",
+        labels=["contradiction", "entailment", "neutral"],
+        files={
+            "train": "train.tsv",
+            "val": "dev_matched.tsv",
+            "val-mismatched": "dev_mismatched.tsv",
+            "test": "test_matched.tsv",
+            "test-mismatched": "test_mismatched.tsv",
+        },
+    ),
+    # Does a sentence answer a question?
+    "qnli": Files("QNLI", ["question", "sentence"], labels=FOLLOWS),
+    # Does the second sentence follow from the first? In the built-in world: one caption from another
+    "rte": Files("RTE", labels=FOLLOWS),
+}
+
+
 class GLUE(Task):
     """A linear layer on [T_CLS] of one text, or of two with a [SEP] in between."""
 
     unit = "texts"
     submitted = "TSV for GLUE's server"
-    folder = ""  # of the task in the folder of --data
-    columns = ["sentence1", "sentence2"]  # of the texts
-    label = "label"  # the column of the answer
-    header = None  # the columns of train and val, where their first line does not name them
-    labels = ["0", "1"]  # the classes; [] for a task that predicts a number
-    metrics = {"accuracy": accuracy}
-    files = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
     recipe = {  # BERT's; its grid: lr 5e-5, 4e-5, 3e-5, 2e-5, batch_size 16, 32, epochs 2 to 4
         "tiny": dict(epochs=0.32, batch_size=64, lr=5e-4, clip=1.0, save_every=100, max_text_len=40),
         "base": dict(epochs=3, batch_size=32, lr=2e-5, clip=1.0, max_text_len=128, drop_path=0.1),
@@ -89,27 +130,29 @@ class GLUE(Task):
 
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
+        self.task = FILES[args.stage]
+        self.best = next(iter(self.task.metrics))
         splits = args.splits
         if args.training and not shapes.asked(args.data):
             splits = ["train", "val"]  # the answers of test are not published
-        self.sources = read_splits(splits, lambda split: self.read(args.data, split))
+        self.sources = read_splits(splits, lambda split: read(self.task, args.data, split))
         self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer
         self.model, self.origin = checkpoint.begin(config, start, args.seed)
-        self.set_choices(self.labels)
-        self.set_head(initialise(nn.Linear(config.dim, max(1, len(self.labels))), config))
+        self.set_choices(self.task.labels)
+        self.set_head(initialise(nn.Linear(config.dim, max(1, len(self.choices))), config))
         if args.training:
             self.samples = [Sentences(self.sources["train"], self.words, self.target)]
 
     def target(self, record):
-        if self.labels:
-            return torch.tensor(self.labels.index(record.label))
+        if self.choices:
+            return torch.tensor(self.choices.index(record.label))
         return torch.tensor(float(record.label))
 
     def forward(self, batch):
         """batch: text, mask (b, T); target (b,)."""
         logits = self.predict(batch)
-        if self.labels:
+        if self.choices:
             return {"loss": F.cross_entropy(logits, batch["target"])}
         return {"loss": F.mse_loss(logits[:, 0].float(), batch["target"])}
 
@@ -128,7 +171,7 @@ class GLUE(Task):
             ids, mask = map(torch.stack, zip(*pairs))
             [batch] = with_counts([{"text": ids, "mask": mask}])
             logits = self.predict(to_device(batch, device))
-            out.append(logits.argmax(1) if self.labels else logits[:, 0].float())
+            out.append(logits.argmax(1) if self.choices else logits[:, 0].float())
         return losses.gather(torch.cat(out))[: len(source)].tolist()
 
     def published(self, source):
@@ -136,137 +179,48 @@ class GLUE(Task):
 
     def results(self, predicted, source):
         right = [self.target(source[i]).item() for i in range(len(source))]
-        return {name: metric(predicted, right) for name, metric in self.metrics.items()}
+        return {name: metric(predicted, right) for name, metric in self.task.metrics.items()}
 
     def submission(self, predicted, source):
         """Lines of number and answer, below a header."""
-        answers = [self.labels[k] for k in predicted] if self.labels else predicted
+        answers = [self.choices[k] for k in predicted] if self.choices else predicted
         return "index\tprediction\n" + "".join(f"{i}\t{answer}\n" for i, answer in enumerate(answers))
 
-    @classmethod
-    def read(cls, paths, split):
-        """The source of a split of --data. Absent if there is none of that name."""
-        if shapes.asked(paths):
-            raise Absent("of GLUE's tasks, the built-in world has rte only: name a folder with --data")
-        if split not in cls.files:
-            raise Absent(f"{cls.folder} has no split {split}, but {', '.join(cls.files)}")
-        path = task_folder(paths) / cls.folder / cls.files[split]
-        if not path.exists():
-            raise Absent(f"{path}: no such file; --data takes the folder of GLUE's unpacked archives")
-        source = Records(Sample, cls.samples_of(path, split))
-        if not len(source):
-            raise UserError(f"{path} has no line with the columns {', '.join(cls.columns)}")
-        return source
 
-    @classmethod
-    def samples_of(cls, path, split):
-        """Records of a file. Lines without all columns are left out, as usual (QQP has a few), but of
-        test, whose lines are numbered."""
-        header = None if split.startswith("test") else cls.header
-        rows = csv.DictReader(read_text(path).split("\n"), header, delimiter="\t", quoting=csv.QUOTE_NONE)
-        try:
-            for row in rows:
-                sentences = [row.get(column) or "" for column in cls.columns]
-                label = row.get(cls.label)
-                has_label = label in cls.labels if cls.labels else label and math.isfinite(float(label))
-                if split.startswith("test"):
-                    yield Sample(sentences, None)
-                elif all(sentences) and has_label:
-                    yield Sample(sentences, label)
-        except (csv.Error, ValueError) as error:
-            raise UserError(f"{path}, line {rows.line_num}: {error}") from None
+def read(task, paths, split):
+    """The source of a split of --data. Absent if there is none of that name."""
+    if shapes.asked(paths) and task.folder == "RTE":
+        return WorldEntailment.read(paths, split, 1)
+    if shapes.asked(paths):
+        raise Absent("of GLUE's tasks, the built-in world has rte only: name a folder with --data")
+    if split not in task.files:
+        raise Absent(f"{task.folder} has no split {split}, but {', '.join(task.files)}")
+    path = task_folder(paths) / task.folder / task.files[split]
+    if not path.exists():
+        raise Absent(f"{path}: no such file; --data takes the folder of GLUE's unpacked archives")
+    source = Records(Sample, samples_of(task, path, split))
+    if not len(source):
+        raise UserError(f"{path} has no line with the columns {', '.join(task.columns)}")
+    return source
 
 
-class CoLA(GLUE):
-    """Is a sentence acceptable?"""
+def samples_of(task, path, split):
+    """Records of a file. Lines without all columns are left out, as usual (QQP has a few), but of
+    test, whose lines are numbered."""
+    header = None if split.startswith("test") else task.header
+    rows = csv.DictReader(read_text(path).split("\n"), header, delimiter="\t", quoting=csv.QUOTE_NONE)
+    try:
+        for row in rows:
+            sentences = [row.get(column) or "" for column in task.columns]
+            label = row.get(task.label)
+            has_label = label in task.labels if task.labels else label and math.isfinite(float(label))
+            if split.startswith("test"):
+                yield Sample(sentences, None)
+            elif all(sentences) and has_label:
+                yield Sample(sentences, label)
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{path}, line {rows.line_num}: {error}") from None
 
-    folder = "CoLA"
-    columns = ["sentence"]
-    best = "matthews"
-    metrics = {"matthews": pearson, "accuracy": accuracy}
-    header = ["source", "label", "mark", "sentence"]
-
-
-class SST2(GLUE):
-    """Is a sentence about a film positive?"""
-
-    folder = "SST-2"
-    columns = ["sentence"]
-
-
-class MRPC(GLUE):
-    """Do two sentences say the same?"""
-
-    folder = "MRPC"
-    columns = ["#1 String", "#2 String"]
-    label = "Quality"
-    metrics = {"accuracy": accuracy, "f1": f1}
-
-
-class QQP(GLUE):
-    """Do two questions ask the same?"""
-
-    folder = "QQP"
-    columns = ["question1", "question2"]
-    label = "is_duplicate"
-    metrics = {"accuracy": accuracy, "f1": f1}
-
-
-class STSB(GLUE):
-    """How similar are two sentences, from 0 to 5?"""
-
-    folder = "STS-B"
-    label = "score"
-    labels = []
-    best = "pearson"
-    metrics = {"pearson": pearson, "spearman": spearman}
-
-
-class MNLI(GLUE):
-    """Does the second sentence follow from the first, contradict it, or neither?"""
-
-    folder = "MNLI"
-    label = "gold_label"
-    labels = ["contradiction", "entailment", "neutral"]
-    files = {
-        "train": "train.tsv",
-        "val": "dev_matched.tsv",
-        "val-mismatched": "dev_mismatched.tsv",
-        "test": "test_matched.tsv",
-        "test-mismatched": "test_mismatched.tsv",
-    }
-
-
-class QNLI(GLUE):
-    """Does a sentence answer a question?"""
-
-    folder = "QNLI"
-    columns = ["question", "sentence"]
-    labels = ["entailment", "not_entailment"]
-
-
-class RTE(GLUE):
-    """Does the second sentence follow from the first? In the built-in world: one caption from
-    another."""
-
-    folder = "RTE"
-    labels = ["entailment", "not_entailment"]
-
-    @classmethod
-    def read(cls, paths, split):
-        return WorldEntailment.read(paths, split, 1) or super().read(paths, split)
-
-
-TASKS = {
-    "cola": CoLA,
-    "sst-2": SST2,
-    "mrpc": MRPC,
-    "qqp": QQP,
-    "sts-b": STSB,
-    "mnli": MNLI,
-    "qnli": QNLI,
-    "rte": RTE,
-}
 
 # ---- Samples -------------------------------------------------------------------------------------
 

@@ -63,8 +63,6 @@ def image_file(path, at):
         with open(shard, "rb") as file:
             file.seek(offset)
             return io.BytesIO(file.read(size))
-    if os.path.isdir(path):
-        raise ValueError("it is a folder")
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is no regular file")
     return path

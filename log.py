@@ -95,8 +95,7 @@ class Log:
         return "there is no checkpoint yet; try a lower --lr"
 
     def measure(self, split, step):
-        """Measures the stage on a split and writes a line. → whether it is the best so far, by
-        stage.best."""
+        """Measures a split and writes a line. → whether it is the best so far, by stage.best."""
         began = time.perf_counter()
         with self.run.autocast():
             results = self.stage.measure(split, self.run.device)

@@ -29,8 +29,7 @@ def rank():
 
 
 class Gather(torch.autograd.Function):
-    """All processes' rows, (b, …) → (B, …). Backward sums over processes: everyone's loss reads
-    everyone's rows."""
+    """All processes' rows, (b, …) → (B, …). Backward sums over processes: every loss reads all rows."""
 
     @staticmethod
     def forward(ctx, x):
@@ -46,8 +45,7 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """x (b, …), equally many rows on every process → (B, …) in the order of processes,
-    differentiable."""
+    """x (b, …), equally many rows per process → (B, …) in their order, differentiable."""
     return Gather.apply(x) if world() > 1 else x
 
 
@@ -98,24 +96,6 @@ def exchange(x, drawn):
     return rows
 
 
-# ---- A step in parts -----------------------------------------------------------------------------
-
-
-class GivenGradients(torch.autograd.Function):
-    """A loss that was computed before, with its gradients: apply(loss, gradients, *inputs) is the loss,
-    and hands these gradients to the inputs. So each part of a step can take its share of a loss
-    of the whole step (GradCache)."""
-
-    @staticmethod
-    def forward(ctx, loss, gradients, *inputs):
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None, None, *(grad * gradient for gradient in ctx.gradients)
-
-
 # ---- Image-text contrast -------------------------------------------------------------------------
 
 
@@ -149,8 +129,7 @@ def itc_loss(i2t, t2i, same):
 
 
 def candidates(same, negatives):
-    """(b, B) bool: who may be a negative of whom. negatives "global" (Section 3.3) or "local"
-    (Table 6)."""
+    """Who may be a negative of whom, (b, B): "global" (Section 3.3) or "local" (Table 6) negatives."""
     if negatives == "global":
         return ~same
     b, local = len(same), torch.zeros_like(same)

@@ -162,8 +162,7 @@ class GELULinear(torch.autograd.Function):
 
 
 class Branch(nn.Module):
-    """LayerScale, then drop-path, of a residual branch (B, R, D). Drop-path drops a sample's whole
-    branch."""
+    """LayerScale, then drop-path, of a residual branch (B, R, D): a sample's whole branch is dropped."""
 
     def __init__(self, config, drop):
         super().__init__()
@@ -262,8 +261,7 @@ class MoME(nn.Module):
         return self.encode_rows(self.embed_patches(image, 1, masked, mask_embedding), "image", 0, None, rows)
 
     def encode_text(self, text, mask, rows=None):
-        """text (B, T) int64, mask (B, T) bool, True = real token → (B, T, D) after the final
-        norm."""
+        """text (B, T) int64, mask (B, T), True = real token → (B, T, D) after the final norm."""
         return self.encode_rows(self.embed_words(text), "text", text.shape[1], mask, rows)
 
     def encode_pair(self, text, mask, image, image_type=1, rows=None):
@@ -286,8 +284,7 @@ class MoME(nn.Module):
         return self.norm(x)
 
     def positions(self, kind, T):
-        """Relative positions of each layer: its table (H, P), and where each (query, key) stands in it,
-        (S, S)."""
+        """For each layer its table (H, P), and where each (query, key) stands in it, (S, S)."""
         index = self.image_index if kind == "image" else self.text_index[:T, :T]
         if kind == "pair":
             index = pair_index(index, self.image_index)
@@ -338,20 +335,17 @@ class VLMo(MoME):
         return unit(self.itc_text(self.encode_text(text, mask, rows=1)[:, 0]))
 
     def scale(self):
-        """1/σ of Eq. (4), at most 100. The parameter itself is clamped, so that its gradient never
-        vanishes."""
+        """1/σ of Eq. (4), at most 100: the parameter is clamped, so that its gradient never vanishes."""
         with torch.no_grad():
             self.logit_scale.clamp_(max=math.log(100))
         return self.logit_scale.exp()
 
     def pool(self, states):
-        """states (B, ·, D) of pairs → (B, D): the vector of [T_CLS] that the ITM, VQA and NLVR2
-        heads read."""
+        """states (B, ·, D) of pairs → (B, D): what the ITM, VQA and NLVR2 heads read of [T_CLS]."""
         return torch.tanh(self.pooler(states[:, 0]))
 
     def match(self, text, mask, image):
-        """text, mask, image as in encode_pair → logits (B, 2) of image-text matching, class 1 =
-        matched."""
+        """text, mask, image as in encode_pair → logits (B, 2) of ITM, class 1 = matched."""
         return self.itm_head(self.pool(self.encode_pair(text, mask, image, rows=1)))
 
 

@@ -30,8 +30,7 @@ DECODERS = {"tiny": (2, 64, 2), "base": (8, 512, 16), "base_plus": (8, 512, 16),
 
 
 def hide(ratio, rng, candidates):
-    """Candidates chosen at random: exactly round(ratio · their number), at least one if there is
-    any."""
+    """Candidates at random: exactly round(ratio · their number), at least one if there is any."""
     count = min(len(candidates), max(1, round(ratio * len(candidates))))
     return sorted(rng.sample(candidates, count))
 

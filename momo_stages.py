@@ -4,6 +4,7 @@ Shape letters as in momo.py.
 """
 
 import functools
+import itertools
 import random
 
 import torch
@@ -215,10 +216,7 @@ class MoMoVL(MoMo, VL):
             weights["mlm"] = 1.0
         self.loss_weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.sources = sources.read_pictures(args, config.image_size, captions=True)
-        corpus = self.corpus
-        if not args.no_simultaneous:
-            corpus = functools.partial(data.Corpus, corpus, functools.partial(texts.corpus, args.texts))
-        self.words, config = texts.vocabulary(args, config, start, run, corpus)
+        self.words, config = texts.vocabulary(args, config, start, run, functools.partial(self.both_corpora, args))
         self.tokenizer = self.words.tokenizer
         self.set_up(args, config, start, modalities)
         words = HiddenWords(self.tokenizer, config.max_text_len, RATIO["pair"])
@@ -227,6 +225,11 @@ class MoMoVL(MoMo, VL):
         self.texts = {} if args.no_simultaneous else hidden_texts(args, words)
         if self.texts:
             self.samples.append(self.texts["train"])
+
+    def both_corpora(self, args):
+        """Captions, and the plain texts if there are any."""
+        plain = [] if args.no_simultaneous else texts.corpus(args.texts)
+        return itertools.chain(self.corpus(), plain)
 
     def forward(self, pairs, texts=None):
         """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T); and what

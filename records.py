@@ -11,7 +11,7 @@ import sys
 import numpy as np
 
 import runtime
-from data import Corpus, Picture
+from data import Picture
 from images import read_image
 
 
@@ -48,9 +48,6 @@ class Records:
         return self.text_ends[1:]
 
     def corpus(self):
-        return Corpus(self.some_texts)
-
-    def some_texts(self):
         """The texts of every k-th record: about a million, or all."""
         k = -(-int(self.text_ends[-1]) // 10**6)
         for i in range(0, len(self), max(1, k)):

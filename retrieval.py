@@ -70,8 +70,7 @@ def search(queries, gallery, relevant, second=None, block=2**24):
 
 
 def embed_images(model, source, device, batch, count=None):
-    """The pictures of a source, or its first ones → unit vectors (I, D), on all processes, which
-    share the work."""
+    """A source's pictures, or its first → unit vectors (I, D), on all processes, which share the work."""
     count = count or len(source)
     views = pictures(source, shard(count, batch), model.config.image_size, device)
     return losses.gather(torch.cat([model.embed_image(view) for view in views]))[:count]
@@ -138,8 +137,7 @@ def retrieval_sheet(model, source, words, device, queries=4, best=5, among=500):
 
 
 def all_images(source, size, device, batch):
-    """The images of a source on the CPU: uint8 (I, 3, S, S). Reranking reads each of them many
-    times."""
+    """All images of a source on the CPU, uint8 (I, 3, S, S): reranking reads them many times."""
     numbers = torch.arange(len(source)).split(batch)
     images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
     for n, views in zip(numbers, pictures(source, [part.tolist() for part in numbers], size, device)):

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -263,11 +264,18 @@ def workers(device, count=None, loaders=1):
 
 
 def leave_group(_):
-    """In a loader process: Ctrl-C signals a whole group, and a cluster every process. It ends when its
-    parent does, which needs it for its last step, or ten minutes later."""
+    """In a loader process: Ctrl-C signals a whole group, and a cluster every process. Only its parent,
+    which needs it for the last step, can end it."""
     os.setpgrp()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: signal.alarm(600))
+    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def wait_for_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def cores():
@@ -276,8 +284,7 @@ def cores():
 
 
 def seed_all(*words):
-    """Seeds torch from whole numbers such as (seed, step, rank): random choices of a step need no
-    stored state."""
+    """Seeds torch from whole numbers such as (seed, step, rank), so that no state is to be stored."""
     state = 0
     for word in words:
         state = (state * 1_000_003 + int(word) + 1) % 2**63
@@ -390,18 +397,13 @@ def first_line(error):
 
 def refuse_output(flag, path):
     """UserError, before any work, for a file that cannot be written."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder")
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"{flag} {path}: no such folder")
-    if not os.access(path.resolve().parent, os.W_OK):
-        raise UserError(f"{flag} {path}: nothing can be written there")
+    whole = Path(path).resolve()
+    if whole.is_dir() or not os.access(whole.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: no file can be written there")
 
 
 def write(path, fill):
-    """Writes a file as a whole or not at all: fill(file) to a temporary name, synced to disk,
-    renamed."""
+    """Writes a file as a whole or not at all: fill(file) to a temporary name, synced, renamed."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:

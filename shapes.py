@@ -96,8 +96,7 @@ class World:
         return np.arange(2, 2 * self.count + 2, 2)
 
     def corpus(self):
-        """Captions, questions and statements of the whole world, enough for every word to come many
-        times."""
+        """Captions, questions and statements of the whole world, in which every word comes often."""
         world = World("train", self.image_size)
         texts = [caption for i in range(2000) for caption in describe(world.scene(i))]
         for i in range(0, 2000, 10):

@@ -15,7 +15,6 @@ import collections
 import csv
 import functools
 import itertools
-import json
 import os
 from pathlib import Path
 
@@ -31,8 +30,7 @@ from shards import read_shards
 
 
 def read_splits(names, read):
-    """{split: source} by read(split). The first of `names` must be there, the others may be
-    absent."""
+    """{split: source} by read(split). The first of `names` must be there, others may be absent."""
     found = {}
     for split in names:
         try:
@@ -109,8 +107,7 @@ def all_pictures(paths, split, captions):
 
 
 def without(records, names):
-    """The records without those of images of these names. UserError if there are none of them, or
-    no others."""
+    """The records without images of these names. UserError if there are none of them, or no others."""
     count = kept = 0
     for count, record in enumerate(records, start=1):
         if os.path.basename(record.image) not in names:
@@ -166,8 +163,7 @@ AT_ONCE = 10_000  # records whose images are looked for together
 
 
 def refuse_missing(records, split):
-    """The records; UserError that names images that do not exist, at the end or when they are
-    MANY."""
+    """The records; UserError that names missing images, at the end or when they are MANY."""
     listing = functools.cache(list_folder)
     records, missing = iter(records), {}  # in order, each once
     while len(missing) < MANY and (some := list(itertools.islice(records, AT_ONCE))):
@@ -226,16 +222,11 @@ def captions_file(folder, split):
 
 
 def read_manifest(path, split):
-    """{"image": path below the manifest's folder, "captions": [str, …], "item": optional}, one per
-    line."""
+    """{"image": path below its folder, "captions": [str, …], "item": optional}, one per line."""
     folder = str(path.parent)  # paths are slow: these lines run millions of times
     for where, entry in reading.json_lines(path):
-        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            raise UserError(f'{where} needs {{"image": path, "captions": [text, …]}}')
-        file, item = path_below(folder, entry["image"], where), entry.get("item")
-        if not isinstance(item, str | int | None):
-            given = json.dumps(item)[:80]
-            raise UserError(f"{where}: item must be a text or a number, not {given}")
+        [image] = reading.fields(where, entry, image=str)
+        file, item = path_below(folder, image, where), entry.get("item")
         captions = checked_captions(entry.get("captions"), where)
         yield Picture(file, captions, file if item is None else str(item))
 
@@ -281,8 +272,7 @@ def column_of(names, choice, path):
 
 
 def read_karpathy(path, split):
-    """Karpathy's dataset_coco.json or dataset_flickr30k.json; training includes COCO's
-    "restval"."""
+    """Karpathy's dataset_coco.json or dataset_flickr30k.json; COCO's "restval" is for training."""
     below = ["", "images", "flickr30k-images", "flickr30k_images"]
     roots = [os.path.join(path.parent, name) for name in below]
     for where, entry in reading.official_records(path, "images"):

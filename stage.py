@@ -203,8 +203,7 @@ class Task(Stage):
 
     @torch.no_grad()
     def answers(self, source, device, batch=64):
-        """The number of the best choice for each sample of a source, on every process, which share
-        the work."""
+        """The number of the best choice for each sample, on every process, which share the work."""
         self.eval()
         out = []
         shares = data.shard(len(source), batch)

@@ -199,8 +199,7 @@ def language_part(model):
 
 
 class VL(Stage):
-    """Image-text contrast, image-text matching and masked language modeling on pairs (Section
-    3.3)."""
+    """Contrast, matching and masked language modeling on image-text pairs (Section 3.3)."""
 
     of_pairs = {"itc", "itm", "mlm"}  # the losses of forward; MoMo's "mlm" is another one
     recipe = {
@@ -259,8 +258,9 @@ class VL(Stage):
         compared = batch["compared"] if "compared" in batch else self.compare(batch, vectors)
         if "itc" in wanted:
             out["itc"], out["scale"] = compared["itc"], vectors[2].detach()
-        if "gradients" in compared:
-            out["itc"] = losses.GivenGradients.apply(compared["itc"], compared["gradients"], *vectors)
+        if "gradients" in compared:  # of the whole step (GradCache): each term is 0, and has this gradient
+            for gradient, x in zip(compared["gradients"], vectors):
+                out["itc"] = out["itc"] + (gradient * (x - x.detach())).sum()
 
         # Pairs for the fusion encoder: masked pairs for MLM; for ITM matched pairs, and each with a
         # wrong image and a wrong text

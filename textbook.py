@@ -68,8 +68,7 @@ class Textbook(Stage):
         return self.encode(x, "pair", text.shape[1], mask)
 
     def encode(self, x, kind, T, mask=True):
-        """Embedded rows x (b, S, D), the first T of them text, through all layers and the final
-        norm."""
+        """Embedded rows x (b, S, D), the first T of them text, through all layers and the norm."""
         keys = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (b, S), True = read
         keys[:, :T] = mask
         bias = [0.0] * len(self.model.blocks)

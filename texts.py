@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 import runtime
 import shapes
-from data import SPLITS, Corpus, split_by_hash
+from data import SPLITS, split_by_hash
 from reading import files_below, read_text, text_lines
 from runtime import UserError
 
@@ -35,8 +35,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def wordpiece(vocab=None):
-    """BERT's uncased tokenizer over a {word piece: id} table; without a table, ready to be
-    trained."""
+    """BERT's uncased tokenizer over a {word piece: id} table; without one, ready to be trained."""
     model = tokenizers.models.WordPiece(vocab or {}, unk_token="[UNK]", max_input_chars_per_word=100)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
@@ -45,9 +44,9 @@ def wordpiece(vocab=None):
     return tokenizer
 
 
-def train_tokenizer(texts, vocab_size):
-    """WordPiece of at most `vocab_size` entries, trained on texts that are read twice; the same every
-    time.
+def train_tokenizer(corpus, vocab_size):
+    """WordPiece of at most `vocab_size` entries, trained on the texts of corpus(), which are read twice;
+    the same every time.
 
     A letter has two entries, one ("##a") inside of a word. The most frequent letters have up to half
     of all; words with others are [UNK]. The library numbers inner letters in the order of a salted
@@ -55,7 +54,7 @@ def train_tokenizer(texts, vocab_size):
     """
     tokenizer = wordpiece()
     letters = collections.Counter()
-    for text in texts:
+    for text in corpus():
         letters.update(tokenizer.normalizer.normalize_str(text))
     del letters[" "]
     kept = sorted(letter for letter, _ in letters.most_common(vocab_size // 4))
@@ -69,7 +68,7 @@ def train_tokenizer(texts, vocab_size):
         limit_alphabet=len(kept),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(corpus(), trainer)
     return wordpiece(tokenizer.get_vocab())
 
 
@@ -122,7 +121,7 @@ def vocabulary(args, config, start, run, corpus):
         raise UserError(f"{start.path} was imported without its vocabulary: name it with --vocab")
     tokenizer = known or given
     if not tokenizer:
-        text = run.from_main(lambda: train_tokenizer(corpus(), config.vocab_size).to_str())
+        text = run.from_main(lambda: train_tokenizer(corpus, config.vocab_size).to_str())
         tokenizer = tokenizers.Tokenizer.from_str(text)
     words = Words(tokenizer, config.max_text_len)
     return words, dataclasses.replace(config, vocab_size=words.size)
@@ -161,8 +160,7 @@ class Words:
         return ids[:, :T], mask[:, :T]
 
     def words(self, ids):
-        """ids (T,) → the positions of each word's pieces: a piece that starts with "##" continues a
-        word."""
+        """ids (T,) → the positions of each word's pieces: one that starts with "##" continues a word."""
         words, inner = [], False  # inner: is there a word that a piece can continue?
         for position, piece in enumerate(ids.tolist()):
             if piece in (self.pad, self.cls, self.sep):
@@ -191,8 +189,7 @@ class Words:
 
 
 def cut(mask):
-    """The length to which a batch of texts can be cut: its longest, rounded up to a multiple of 8.
-    mask (B, T) bool."""
+    """The length to cut a batch of texts to: its longest, up to a multiple of 8. mask (B, T) bool."""
     longest = int(mask.sum(1).max())
     return min(-(-longest // 8) * 8, mask.shape[1])
 
@@ -284,13 +281,8 @@ def corpus(paths):
     """Texts to train a vocabulary on: those of split train (of a million documents at most)."""
     if shapes.asked(paths):
         return shapes.World("train", 0).corpus()
-    return Corpus(functools.partial(training_documents, paths))
-
-
-def training_documents(paths):
-    for split, text in itertools.islice(read_documents(paths), 10**6):
-        if split == "train":
-            yield text
+    documents = itertools.islice(read_documents(paths), 10**6)
+    return (text for split, text in documents if split == "train")
 
 
 def pack(texts, words, folder):
@@ -317,8 +309,7 @@ def open_packed(words, seed, folder):
 
 
 def packed(paths, words, seed):
-    """{split: Texts}, of the splits that have any. The tokens are in files, tokenized once per
-    node."""
+    """{split: Texts}, of the splits that have any: tokens in files, made once per node."""
     fill = functools.partial(pack, read_documents(paths), words)
     texts = runtime.once_per_node(fill, functools.partial(open_packed, words, seed))
     if "train" not in texts:

@@ -74,8 +74,7 @@ class VQA(Task):
         return self.head(self.model.pool(states))
 
     def say(self, logits):
-        """logits (A,) → the five best answers, each with the probability that it is right (several
-        can be)."""
+        """logits (A,) → the five best answers, each with its probability (several can be right)."""
         probabilities, best = logits.sigmoid().topk(min(5, len(logits)))
         return "\n".join(f"{p:6.1%}  {self.choices[k]}" for p, k in zip(probabilities, best))
 

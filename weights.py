@@ -256,8 +256,7 @@ def without_key_biases(state, layers):
 
 
 def architecture(state, prefix, layers, heads, image_rows):
-    """The Config of a file's trunk. image_rows: of the relative table; None for absolute
-    positions."""
+    """The Config of a file's trunk. image_rows: of the relative table; None: absolute positions."""
     dim = state[f"{prefix}cls_token"].shape[-1]
     patch = state[f"{prefix}patch_embed.proj.weight"].shape[-1]
     published = CONFIGS[NAMES.get(dim, "base")]

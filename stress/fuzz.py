@@ -69,6 +69,10 @@ def pairs(path):
     return records(sources.pictures([path.parent], "train", 8))
 
 
+def sentences(path):
+    return records(glue.read(glue.FILES["sst-2"], [path.parents[1]], "train"))
+
+
 def encoded(path):
     return texts.Words(texts.load_tokenizer(path), 8).encode("a dog")
 
@@ -85,7 +89,7 @@ LINES = {  # kind: the file that is damaged, its lines, what reads it; a.png and
     "tsv": ("train.tsv", [line.replace(",", "\t") for line in TABLE], pairs),
     "own questions": ("train.jsonl", [QUESTION], lambda path: records(vqa.read([path.parent], "train", 8))),
     "own statements": ("train.jsonl", [STATEMENT], lambda path: records(nlvr2.read([path.parent], "train", 8))),
-    "GLUE's sentences": ("SST-2/train.tsv", FILMS, lambda path: records(glue.SST2.read([path.parents[1]], "train"))),
+    "GLUE's sentences": ("SST-2/train.tsv", FILMS, sentences),
     "text": ("a.txt", ["one", "", "two", "lines"], lambda path: list(texts.read_documents([path]))),
     "vocabulary": ("vocab.txt", [*texts.SPECIAL, "a", "##b", "dog"], encoded),
     "tokenizer": ("tokenizer.json", [WORDS.to_str()], encoded),

@@ -40,10 +40,10 @@ shapes.SCENES = {"train": 300, "val": 12, "test": 40, "rare": 12}  # of the buil
 KNOWN = {}  # tokenizers, trained once for all tests that ask for the same
 
 
-def train_tokenizer_once(captions, size, train_tokenizer=texts.train_tokenizer):
-    key = tuple(captions), size
+def train_tokenizer_once(corpus, size, train_tokenizer=texts.train_tokenizer):
+    key = tuple(corpus()), size
     if key not in KNOWN:
-        KNOWN[key] = train_tokenizer(captions, size)
+        KNOWN[key] = train_tokenizer(corpus, size)
     return KNOWN[key]
 
 

@@ -14,7 +14,7 @@ import classify
 import data
 import losses
 from classify import Classify, Probe, Standardise, WorldClasses, read
-from glue import RTE, WorldEntailment
+from glue import GLUE, WorldEntailment
 from mome import VLMo, classifier
 from nlvr2 import NLVR2, WorldStatements
 from shapes import World
@@ -54,15 +54,15 @@ def random_stage(kind, inputs=32, **more):
 TWENTY = {  # samples, and a length that no text has
     VQA: (WorldQuestions("val", 16, count=5), 22),
     NLVR2: (WorldStatements("val", 16, count=5), 22),
-    RTE: (WorldEntailment("val", 16, count=20), 54),
+    GLUE: (WorldEntailment("val", 16, count=20), 54),
 }
 
 
 def answers(kind, batch, padding=2):
     """The answers to twenty samples, and the logits behind those of this process."""
     source, length = TWENTY[kind]
-    words = Words(train_tokenizer_once(World("train", 0).corpus()[-400:], 200), length + padding)
-    stage, seen = random_stage(kind, 64 if kind is NLVR2 else 32, words=words), []
+    words = Words(train_tokenizer_once(lambda: World("train", 0).corpus()[-400:], 200), length + padding)
+    stage, seen = random_stage(kind, 64 if kind is NLVR2 else 32, words=words, choices=range(40)), []
     stage.head.register_forward_hook(lambda module, inputs, out: seen.extend(out))
     numbers = [number for part in data.shard(20, batch) for number in part]
     return [stage.answers(source, CPU, batch), dict(zip(numbers, seen))]

@@ -168,7 +168,7 @@ class Pictures(list):
 
 @pytest.fixture(scope="module")
 def words():
-    return texts.Words(texts.train_tokenizer(["picture 0 1 2 3 4 5 6 7 8 9"], 60), 24)
+    return texts.Words(texts.train_tokenizer(lambda: ["picture 0 1 2 3 4 5 6 7 8 9"], 60), 24)
 
 
 def options(**changed):

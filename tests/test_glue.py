@@ -40,7 +40,7 @@ HEADERS = {  # of the official files, and the columns of texts and label
     "QNLI": ("index question sentence label", "question sentence", "label"),
     "RTE": ("index sentence1 sentence2 label", "sentence1 sentence2", "label"),
 }  # fmt: skip
-NAMES = {kind.folder: name for name, kind in glue.TASKS.items()}
+NAMES = {task.folder: name for name, task in glue.FILES.items()}
 
 
 def write(folder, task, file, labels):
@@ -62,31 +62,32 @@ def write(folder, task, file, labels):
 
 @pytest.mark.parametrize("task", HEADERS)
 def test_official_files_are_read(task, tmp_path):
-    kind = glue.TASKS[NAMES[task]]
+    kind = glue.FILES[NAMES[task]]
     labels = kind.labels or ["3.200", "0.5"]
     write(tmp_path, task, kind.files["val"], labels)
     write(tmp_path, task, kind.files["test"], [None, None])
     for name in ("val", "test"):
         with open(tmp_path / task / kind.files[name], "a") as file:
             file.write("a line that is cut off\n")
-    source, test = (kind.read([str(tmp_path)], name) for name in ("val", "test"))
+    source, test = (glue.read(kind, [str(tmp_path)], name) for name in ("val", "test"))
     count = len(HEADERS[task][1].split())
     for i, label in enumerate(labels):
         assert source[i] == ([f'{i} "first', f'{i} "second'][:count], label)
     assert len(source) == len(labels) and test[0].label is None
     assert len(test) == 3  # a submission has a line for each
-    target = [kind.target(kind, source[i]).item() for i in range(len(source))]
+    stage = SimpleNamespace(choices=kind.labels)
+    target = [glue.GLUE.target(stage, source[i]).item() for i in range(len(source))]
     assert target == pytest.approx(list(range(len(labels))) if kind.labels else [3.2, 0.5])
-    refused(kind.read, [str(tmp_path)], "train", error=data.Absent)
+    refused(glue.read, kind, [str(tmp_path)], "train", error=data.Absent)
     write(tmp_path, task, kind.files["val"], [*labels, "x" * 200_000])  # more than csv reads
-    refused(kind.read, [str(tmp_path)], "val", says=f"{kind.files['val']}, line")
+    refused(glue.read, kind, [str(tmp_path)], "val", says=f"{kind.files['val']}, line")
     if not kind.labels:
         write(tmp_path, task, kind.files["val"], ["many"])
-        refused(kind.read, [str(tmp_path)], "val", says="line 2: .*many")
+        refused(glue.read, kind, [str(tmp_path)], "val", says="line 2: .*many")
 
 
 def test_two_texts_have_a_separator_and_the_longer_is_cut():
-    words = texts.Words(texts.train_tokenizer(["a b c d e f g h"], 40), 9)
+    words = texts.Words(texts.train_tokenizer(lambda: ["a b c d e f g h"], 40), 9)
     ids = {letter: words.tokenizer.token_to_id(letter) for letter in "abcdefgh"}
     found, mask = words.encode("a b", "c d e f g h")
     wanted = [words.cls, ids["a"], ids["b"], words.sep, *(ids[x] for x in "cdef"), words.sep]
@@ -110,7 +111,7 @@ def test_a_caption_follows_from_another_in_half_of_the_cases():
 
 @pytest.mark.parametrize("name", ["sts-b", "mnli"])
 def test_from_official_files_to_a_submission(name, stages, tmp_path, monkeypatch, capsys):
-    kind = glue.TASKS[name]
+    kind = glue.FILES[name]
     labels = (kind.labels or ["1.5", "4.0"]) * 12
     for file in set(kind.files.values()):
         write(tmp_path, kind.folder, file, labels[:6] if "test" not in file else [None] * 5)
@@ -137,10 +138,9 @@ def test_predictions_are_means_of_squares_or_classes(stages):
     """The loss of a number is its squared error, that of a class its cross-entropy."""
     start = checkpoint.read(stages / "vl/last.pt")
     for name, target in (("sts-b", torch.tensor([1.0, 4.5])), ("rte", torch.tensor([0, 1]))):
-        kind = glue.TASKS[name]
         args = SimpleNamespace(stage=name, splits=[], data=["x"], head_factor=1.0, seed=0, vocab=None)
         args.training = False
-        stage = kind(args, start.config, start, None).eval()
+        stage = glue.GLUE(args, start.config, start, None).eval()
         ids, mask = stage.words.encode_all(["a red circle", "a blue star left of a ring"])
         batch = {"text": ids, "mask": mask, "target": target}
         logits = stage.head(stage.model.encode_text(ids, mask)[:, 0])

@@ -25,7 +25,7 @@ def model_of(position="absolute"):
 
 @pytest.fixture(scope="module")
 def words():
-    return Words(train_tokenizer([CAPTION] * 20, 60), 12)
+    return Words(train_tokenizer(lambda: [CAPTION] * 20, 60), 12)
 
 
 def pair(words):
@@ -72,7 +72,7 @@ def test_relevance_is_attention_times_gradient_followed_through_the_layers(words
 
 def test_maps_that_point_at_things_win_the_game_and_others_lose(words):
     """The first thing is red, the second blue: a map of one of them is right for its own words."""
-    words = Words(train_tokenizer(shapes.World("test", 0).corpus(), 200), 24)
+    words = Words(train_tokenizer(shapes.World("test", 0).corpus, 200), 24)
     config = replace(SMALL, image_size=48)
     world, scenes = shapes.World("test", 48), iter(range(10))
 

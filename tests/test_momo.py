@@ -105,7 +105,7 @@ def test_visible_rows_are_encoded_and_hidden_ones_reconstructed_at_their_places(
 
 
 def test_an_exact_share_is_hidden_and_no_special_token():
-    words = momo.HiddenWords(texts.train_tokenizer(["red"], 40), 24, 0.15)
+    words = momo.HiddenWords(texts.train_tokenizer(lambda: ["red"], 40), 24, 0.15)
     for count, hidden_count in {0: 0, 1: 1, 12: 2}.items():
         ids, _ = words.encode("red " * count)
         masked, labels = words.mask_words(ids, random.Random(0))

@@ -96,7 +96,7 @@ def model_and_words():
     """A random model, and a vocabulary of the captions."""
     torch.manual_seed(0)
     captions = sum(CAPTIONS, [])
-    return VLMo(CONFIGS["tiny"]).eval(), Words(train_tokenizer_once(captions, 100), 24), captions
+    return VLMo(CONFIGS["tiny"]).eval(), Words(train_tokenizer_once(lambda: captions, 100), 24), captions
 
 
 def results(batch):

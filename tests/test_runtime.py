@@ -182,7 +182,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):
 def ask_process_0():
     run = runtime.Runtime()
     assert run.from_main(lambda: run.rank) == 0
-    refused(run.from_main, lambda: runtime.refuse_output("--out", "absent/x"), says="no such folder")
+    refused(run.from_main, lambda: runtime.refuse_output("--out", "absent/x"), says="no file")
     run.refuse_different(5, "not alike")
     refused(run.refuse_different, 5 * run.rank, "not alike", says="not alike")
 

@@ -61,8 +61,8 @@ def stage_of(kind, wanted, changes):
     elif kind is NLVR2:
         stage.head = classifier(config, 48, 2)
         batch["image"] = torch.stack([batch["image"], batch["image"].flip(0)], dim=1)
-    elif issubclass(kind, GLUE):
-        stage.head = torch.nn.Linear(24, 2)
+    elif kind is GLUE:
+        stage.head, stage.choices = torch.nn.Linear(24, 2), ["0", "1"]
     elif kind in (Classify, Probe):
         stage.head = torch.nn.Sequential(Standardise(24), torch.nn.Linear(24, 2))
     return stage, batch
@@ -175,7 +175,7 @@ def what_is_seen(batch):
 
 
 def test_masked_words_are_counted_next_to_those_that_their_frequencies_find(tmp_path):
-    words = Words(train_tokenizer(["red red red blue"], 40), 10)
+    words = Words(train_tokenizer(lambda: ["red red red blue"], 40), 10)
     words.size = 40  # as if it had more
     documents = [("test", f"red blue {i % 3 * 'red '}") for i in range(150)]
     pack([("train", "red red red blue"), *documents], words, tmp_path)

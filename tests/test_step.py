@@ -16,7 +16,7 @@ import losses
 import runtime
 from classify import Classify, Probe
 from dvae import DVAE, DVAEConfig, Tokenizer
-from glue import RTE
+from glue import GLUE
 from loader import with_counts
 from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from nlvr2 import NLVR2
@@ -138,7 +138,7 @@ for layout in ({}, RELATIVE):
     CASES.append((stage_of, VL, "itc itm mlm", changes))
     CASES.append((stage_of, Image, "mim", changes))
     CASES.append((stage_of, Text, "mlm", changes))
-    CASES += [(stage_of, kind, "loss", changes) for kind in (VQA, NLVR2, RTE, Classify, Probe)]
+    CASES += [(stage_of, kind, "loss", changes) for kind in (VQA, NLVR2, GLUE, Classify, Probe)]
 
 
 def step_on(device, build, *arguments):

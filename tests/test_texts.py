@@ -20,7 +20,7 @@ CAPTIONS = ["a small red circle above a large blue square", "two unbelievably la
 
 @pytest.fixture(scope="module")
 def words():
-    tokenizer = texts.train_tokenizer(CAPTIONS * 3 + ["dog red dogs un believ ably"], 60)
+    tokenizer = texts.train_tokenizer(lambda: CAPTIONS * 3 + ["dog red dogs un believ ably"], 60)
     return texts.Words(tokenizer, 24)
 
 
@@ -65,7 +65,7 @@ def test_words_at_the_edges(words):
 
 
 def test_a_trained_vocabulary_is_the_same_every_time_and_knows_all_words_of_the_world():
-    corpus = shapes.World("train", 0).corpus()
+    corpus = shapes.World("train", 0).corpus
     tokenizer, again = (texts.train_tokenizer(corpus, 512) for _ in range(2))
     vocab, world = tokenizer.get_vocab(), shapes.World("test", 0)
     assert vocab == again.get_vocab() and sorted(vocab, key=vocab.get)[:5] == texts.SPECIAL
@@ -78,7 +78,7 @@ def test_a_trained_vocabulary_is_the_same_every_time_and_knows_all_words_of_the_
 
 def test_rare_letters_leave_a_vocabulary_room_for_words(capsys):
     chinese = " ".join(map(chr, range(0x4E00, 0x4E00 + 300)))
-    tokenizer = texts.train_tokenizer([*CAPTIONS * 3, chinese], 200)
+    tokenizer = texts.train_tokenizer(lambda: [*CAPTIONS * 3, chinese], 200)
     assert tokenizer.get_vocab_size() <= 200 and "50 of" in capsys.readouterr().err
     assert tokenizer.encode(CAPTIONS[0]).tokens == CAPTIONS[0].split()
 
