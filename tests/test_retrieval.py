@@ -105,26 +105,23 @@ def results(batch):
     with torch.no_grad():
         image = retrieval.embed_images(model, SOURCE, "cpu", batch)
         text = retrieval.embed_texts(model, *words.encode_all(captions), "cpu", batch)
-    return [image, text, retrieval.retrieval(model, SOURCE, words, "cpu", batch, rerank=4)]
+    whole = retrieval.retrieval(model, SOURCE, words, "cpu", batch, rerank=4)
+    return [retrieval.search(*gallery(), block=500), image, text, whole]
 
 
 @pytest.fixture(scope="module")
 def many(processes):
     """What each of three processes finds."""
-    return processes(3, everything)
-
-
-def everything():
-    return [retrieval.search(*gallery(), block=500), *results(batch=2)]
+    return processes(3, results, 2)
 
 
 def test_any_number_of_processes_and_any_batch_give_the_same_answer(many):
     model, words, captions = model_and_words()
     with torch.no_grad():  # one text after the other
         text = torch.cat([model.embed_text(*words.encode_all([caption])) for caption in captions])
-    image, _, whole = results(batch=7)
+    _, image, _, whole = results(batch=7)
     assert len(whole) == 14
-    for other_image, other_text, other in [results(batch=2), *(rest for _, *rest in many)]:
+    for _, other_image, other_text, other in [results(batch=2), *many]:
         torch.testing.assert_close(other_image, image, atol=1e-5, rtol=0)
         torch.testing.assert_close(other_text, text, atol=1e-5, rtol=0)
         assert other == whole
