@@ -117,7 +117,7 @@ def test_the_trunk_is_equations_1_and_2_for_all_rows_and_for_the_leading_ones(sw
             x = plain_block(block, x, *plain_routes(model.config, layer, kinds), keys, bias)
         for rows in (None, 1, 9):
             close(encode(rows=rows), model.norm(x)[:, :rows])
-    longer = model.encode_text(F.pad(text, (0, 3)), F.pad(mask, (0, 3)))
+    longer = model.encode_text(F.pad(text, (0, 15)), F.pad(mask, (0, 15)))  # the longest
     close(model.encode_text(text, mask)[mask], longer[:, :9][mask])
 
 

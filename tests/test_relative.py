@@ -1,15 +1,12 @@
 """Attention with relative positions: equal to what is written out, and keeping nothing of S × S."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SMALL, shaken
 
 import relative
-from mome import VLMo
-from relative import RelativeAttention, relative_index, scores_of
+from relative import RelativeAttention
 
 
 def written_out(q, k, v, table, index, mask):
@@ -77,19 +74,3 @@ def test_in_bf16_it_is_as_exact_as_attention_written_out():
     plain = outcome(written_out, torch.bfloat16, torch.float32)
     for a, b, c in zip(right, ours, plain):
         assert (b - a).norm() < 1.5 * (c - a).norm() < 0.1 * a.norm()
-
-
-def test_each_layer_has_columns_of_the_table_of_its_own():
-    sizes = {"layers": 2, "heads": 2, "image_size": 8, "max_text_len": 4, "text_reach": 5}
-    model = shaken(VLMo(replace(SMALL, position="relative", **sizes)))
-    text, image, size = relative_index(4, 2, 5)
-    assert model.relative_table.shape == (size, 4)
-    for layer, positions in enumerate(model.positions("text", 3)):
-        scores = scores_of(*positions)  # (H, T, T)
-        for head in range(2):
-            assert torch.equal(scores[head], model.relative_table[:, 2 * layer + head][text[:3, :3]])
-    [(_, index), _] = model.positions("pair", 3)
-    expected = torch.full((8, 8), 12)  # text → image; I = 12
-    expected[3:, :3] = 13
-    expected[:3, :3], expected[3:, 3:] = text[:3, :3], image
-    assert torch.equal(index, expected)

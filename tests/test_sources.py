@@ -68,7 +68,7 @@ def test_excluded_pictures_are_left_out_of_training_only(tmp_path):
     found = sources.read_pictures(options(tmp_path, ["train", "test"], names), 8)
     left = [os.path.basename(found["train"][i].image) for i in range(len(found["train"]))]
     assert left == ["a.png", "c.png"] and len(found["test"]) == 3
-    for useless in ("other.png", "a.png\nb.png\nc.png", "\n"):
+    for useless in ("other.png", "a.png\nb.png\nc.png", ""):
         names.write_text(useless)
         refused(sources.read_pictures, options(tmp_path, ["train"], names), 8)
 
