@@ -23,7 +23,6 @@ multiprocessing.set_forkserver_preload(["torch._dynamo", "conftest", "finetune"]
 
 import checkpoint
 import classify
-import loader
 import shapes
 import sides
 import texts
@@ -140,20 +139,6 @@ def vl_stage(names="itc itm mlm", negatives="global", **switches):
     model = shaken(VLMo(replace(SMALL, **switches))).double()
     weights = {name: sides.ALL[name] for name in names.split()}
     return sides.bare(VL, model, loss_weights=weights, negatives=negatives)
-
-
-def batch_of(config, lengths, seed=0):
-    """Pairs as the loader gives them, with one masked token each; the first two share an item."""
-    g = torch.Generator().manual_seed(seed)
-    b, T, S = len(lengths), config.max_text_len, config.image_size
-    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
-    text = torch.randint(5, config.vocab_size, (b, T), generator=g).masked_fill(~mask, 0)
-    masked, labels = text.clone(), torch.full((b, T), -100)
-    masked[:, 2], labels[:, 2] = 4, text[:, 2]
-    ids = torch.stack([torch.tensor([0, *range(b - 1)]), torch.arange(b) + 100], dim=1)
-    image = torch.randint(0, 256, (b, 3, S, S), generator=g, dtype=torch.uint8)
-    batch = {"image": image, "text": text, "mask": mask, "masked": masked}
-    return loader.with_counts([batch | {"labels": labels, "ids": ids}])[0]
 
 
 # ---- Processes -----------------------------------------------------------------------------------

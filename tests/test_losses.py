@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RELATIVE, vl_stage
+from conftest import RELATIVE, SMALL, vl_stage
 
 import losses
 from loader import with_counts
+from sides import pairs
 
 
 def test_itc_is_cross_entropy_both_ways_without_the_same_item_and_the_same_caption():
@@ -78,22 +79,11 @@ CASES = [  # fields of the Config, and whether some row has no candidate on any 
 
 
 def batch_of_six():
-    """Six pairs with very different numbers of masked tokens (the first three: none), short and
-    long texts, and ids of which two share an item and two a caption."""
-    torch.manual_seed(5)
-    mask = torch.arange(16) < torch.tensor([3, 9, 16, 5, 12, 7])[:, None]
-    text, labels = torch.randint(5, 40, (6, 16)), torch.full((6, 16), -100)
-    labels[3, 1:12] = torch.randint(5, 40, (11,))
-    labels[4, 2], labels[5, 3:5] = 7, 9
-    ids = torch.tensor([[1, 11], [2, 12], [3, 13], [1, 14], [5, 12], [6, 16]])
-    image = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
-    batch = {"image": image, "text": text, "mask": mask, "ids": ids}
-    return batch | {"masked": text, "labels": labels}
-
-
-def vl(**switches):
-    sizes = {"dim": 16, "layers": 2, "heads": 2, "image_size": 8, "vocab_size": 40}
-    return vl_stage(**sizes | switches)
+    """Six pairs: the first three have no masked token; two share an item, two a caption."""
+    batch = pairs(SMALL, 6)
+    batch["labels"][:3] = -100
+    batch["ids"] = torch.tensor([[1, 11], [2, 12], [3, 13], [1, 14], [5, 12], [6, 16]])
+    return batch
 
 
 def most_similar(scores, candidate):
@@ -108,7 +98,7 @@ def gradients():
     losses.draw_negatives = most_similar
     answers, b = {}, 6 // losses.world()
     for case, (switches, lonely) in enumerate(CASES):
-        stage, batch = vl(**switches), batch_of_six()
+        stage, batch = vl_stage(**switches), batch_of_six()
         if lonely:
             batch["ids"] = torch.tensor([[1, 1], [1, 2], [3, 1], [1, 4], [5, 1], [1, 6]])
         [share] = with_counts([{name: tensor[losses.rank() * b :][:b] for name, tensor in batch.items()}])

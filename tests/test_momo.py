@@ -8,7 +8,7 @@ import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BRIEF, SIZE, batch_of, call, metrics, shaken
+from conftest import BRIEF, SIZE, call, metrics, shaken
 
 import checkpoint
 import images
@@ -20,7 +20,7 @@ import train
 from loader import with_counts
 from mome import CONFIGS, VLMo
 from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
-from sides import bare
+from sides import bare, pairs
 from texts import IGNORE
 
 SMALL = replace(conftest.SMALL, layers=2, experts="shared")
@@ -39,13 +39,9 @@ LOSSES = {
 INPUTS = {"image": ["image", "hidden"], "text": ["masked", "labels", "mask"]}
 
 
-def batch_with_hidden(modality, lengths):
+def batch_with_hidden(modality):
     """Images, texts or pairs of which three quarters are hidden."""
-    batch, rng = batch_of(SMALL, lengths), random.Random(0)
-    batch["hidden"] = torch.stack([momo.hide_patches(0.75, 16, rng) for _ in lengths])
-    at = batch["mask"] & (torch.arange(batch["mask"].shape[1]) % 4 > 0)
-    batch["masked"] = batch["text"].masked_fill(at, 4)
-    batch["labels"] = batch["text"].masked_fill(~at, IGNORE)
+    batch = pairs(SMALL, 4, 0.75)
     return with_counts([{name: batch[name] for name in INPUTS.get(modality, batch)}])[0]
 
 
@@ -59,8 +55,7 @@ def stage_of(kind, shared=False, **attributes):
     stage.head = torch.nn.ModuleDict(decoders)
     for name, value in attributes.items():
         setattr(stage, name, value)
-    lengths = [9, 3, 14, 6], [12, 24, 7, 20], [3, 3, 3, 3]
-    stage.samples = list(map(batch_with_hidden, MODALITIES[kind], lengths))
+    stage.samples = list(map(batch_with_hidden, MODALITIES[kind]))
     return shaken(stage).double(), stage.samples
 
 

@@ -9,7 +9,7 @@ import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import RELATIVE, batch_of, call, shaken, stage_commands
+from conftest import RELATIVE, call, shaken, stage_commands
 
 import checkpoint
 import dvae
@@ -22,7 +22,7 @@ from glue import GLUE
 from loader import with_counts
 from mome import MIMHead, VLMo, classifier
 from nlvr2 import NLVR2
-from sides import bare
+from sides import bare, pairs
 from stage import masked_words, perplexity
 from stages import VL, Image, Text, language_part, nearest_visible
 from texts import IGNORE, Texts, Words, pack, train_tokenizer
@@ -44,10 +44,10 @@ def stage_of(kind, wanted, changes):
     """A stage with losses `wanted` around a small model, and a batch."""
     torch.manual_seed(0)
     config = replace(SMALL, **changes)
-    model, batch = VLMo(config).train(), batch_of(config, [9, 4, 7, 5])
+    model = VLMo(config).train()
     weights = dict.fromkeys(wanted.split(), 1.0)
     stage = bare(kind, model, loss_weights=weights, negatives="global")
-    [batch] = with_counts([batch | {"hidden": torch.rand(4, 16) < 0.4}])
+    [batch] = with_counts([pairs(config, 4)])
     batch["target"] = torch.tensor([0, 1, 1, 0])
     if kind is Image:
         stage.head, codes = MIMHead(config, 6), dvae.DVAEConfig(grid=4, codes=6, width=8)

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import RELATIVE
-from test_losses import batch_of_six, vl
+from conftest import RELATIVE, vl_stage
+from test_losses import batch_of_six
 from test_momo import stage_of as momo_stage_of
 from test_stages import stage_of
 from torch import nn
@@ -57,8 +57,8 @@ def in_parts(stage, parts):
 
 @pytest.mark.parametrize("names", ["itc itm mlm", "itm mlm"])
 def test_a_step_in_parts_is_the_step_in_one_pass(names):
-    one, expected = in_parts(vl(names=names).train(), share(1))
-    many, found = in_parts(vl(names=names).train(), share(3))
+    one, expected = in_parts(vl_stage(names=names).train(), share(1))
+    many, found = in_parts(vl_stage(names=names).train(), share(3))
     for name in names.split():
         assert abs(one[name] - many[name]) < 1e-9
     assert expected.norm() > 1e-3 and (expected - found).norm() < 1e-9
@@ -69,7 +69,7 @@ def test_a_step_in_parts_is_the_step_in_one_pass_on_two_processes(processes):
 
 
 def test_gradients_of_the_whole_step_are_in_full_precision_under_autocast():
-    stage = vl().float().train()
+    stage = vl_stage().float().train()
     with torch.autocast("cpu", torch.bfloat16):
         (first,), (second,) = stage.look_ahead(share(2))
         vectors = [stage.vectors(batch)[:2] for batch in (first, second)]
@@ -83,7 +83,7 @@ def test_gradients_of_the_whole_step_are_in_full_precision_under_autocast():
 
 @pytest.mark.parametrize("kind", [VL, MoMoVL])
 def test_the_second_pass_over_a_part_drops_what_the_first_one_dropped(kind):
-    stage, batches = momo_stage_of(kind) if kind is MoMoVL else (vl().train(), share(1)[0])
+    stage, batches = momo_stage_of(kind) if kind is MoMoVL else (vl_stage().train(), share(1)[0])
     for block in stage.model.blocks:
         block.attention_branch.drop = block.expert_branch.drop = 0.5
     seen, real = [], stage.vectors
