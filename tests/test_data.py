@@ -258,6 +258,7 @@ def test_each_sample_and_pair_of_samples_is_equally_often_at_a_place():
 def test_batches_are_the_same_for_any_workers_processes_and_start(words, tmp_path):
     source = sources.pictures([pictures(tmp_path, 14)], "train", 8, captions=True)  # workers share its file
     samples = [data.Pairs(source, words, 8, options()), data.Images(source, 8, options())]
+    refused(Loader, samples, options(batch_size=16), options())  # more than there are
     load = lambda start=0, **changed: Loader(samples, options(), options(**changed), start)
     loader, halves = load(), [load(rank=rank, world=2) for rank in (0, 1)]
     workers = Loader(samples, options(workers=2), options(), start=1)
@@ -270,7 +271,6 @@ def test_batches_are_the_same_for_any_workers_processes_and_start(words, tmp_pat
                     assert torch.equal(batch[name], torch.cat([share[name] for share in shares]))
         if step:
             torch.testing.assert_close(next(workers), parts, rtol=0, atol=0)
-    refused(Loader, samples, options(batch_size=16), options())  # more than there are
 
 
 def test_an_unreadable_image_is_named_once_and_the_next_replaces_it(words, capsys):
