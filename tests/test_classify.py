@@ -48,7 +48,7 @@ def random_stage(kind, inputs=32, **more):
     torch.manual_seed(3)  # its answers differ
     config = replace(SMALL, dim=32, layers=2, heads=2, patch_size=8, vocab_size=200, max_text_len=56)
     config = replace(config, position="relative")
-    return shaken(bare(kind, VLMo(config), head=classifier(config, inputs, 40), **more), 0.3)
+    return shaken(bare(kind, VLMo(config), head=classifier(config, inputs, 40), **more), 0.5)
 
 
 TWENTY = {  # samples, and a length that no text has
