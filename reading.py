@@ -111,11 +111,10 @@ def files_below(folder, endings):
     to is read once. UserError for a folder that cannot be read."""
     seen = set()
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        state = os.stat(where)
-        if (state.st_dev, state.st_ino) in seen:
+        if os.path.realpath(where) in seen:
             folders.clear()  # a link that leads back would never end
             continue
-        seen.add((state.st_dev, state.st_ino))
+        seen.add(os.path.realpath(where))
         folders.sort()  # os.walk goes on in this order
         for name in sorted(names):
             if name.lower().endswith(endings):
