@@ -80,7 +80,7 @@ TASKS = {
     "flickr30k": Flickr30K,
     "classify": Classify,
     "probe": Probe,
-    **dict.fromkeys(glue.FILES, glue.GLUE),
+    **dict.fromkeys(glue.TASKS, glue.GLUE),
 }
 
 

@@ -66,7 +66,7 @@ def ranks(values):
 # ---- The tasks -----------------------------------------------------------------------------------
 
 
-class Files(NamedTuple):
+class Kind(NamedTuple):
     """What a task has of its own."""
 
     folder: str  # in the folder of --data
@@ -79,23 +79,23 @@ class Files(NamedTuple):
 
 
 FOLLOWS = ["entailment", "not_entailment"]
-FILES = {
+TASKS = {
     # Is a sentence acceptable?
-    "cola": Files(
+    "cola": Kind(
         "CoLA",
         ["sentence"],
         metrics={"matthews": pearson, "accuracy": accuracy},
         header=["source", "label", "mark", "sentence"],
     ),
     # Is a sentence about a film positive?
-    "sst-2": Files("SST-2", ["sentence"]),
+    "sst-2": Kind("SST-2", ["sentence"]),
     # Do two sentences say the same? Do two questions ask the same?
-    "mrpc": Files("MRPC", ["#1 String", "#2 String"], "Quality", metrics={"accuracy": accuracy, "f1": f1}),
-    "qqp": Files("QQP", ["question1", "question2"], "is_duplicate", metrics={"accuracy": accuracy, "f1": f1}),
+    "mrpc": Kind("MRPC", ["#1 String", "#2 String"], "Quality", metrics={"accuracy": accuracy, "f1": f1}),
+    "qqp": Kind("QQP", ["question1", "question2"], "is_duplicate", metrics={"accuracy": accuracy, "f1": f1}),
     # How similar are two sentences, from 0 to 5?
-    "sts-b": Files("STS-B", label="score", labels=[], metrics={"pearson": pearson, "spearman": spearman}),
+    "sts-b": Kind("STS-B", label="score", labels=[], metrics={"pearson": pearson, "spearman": spearman}),
     # Does the second sentence follow from the first, contradict it, or neither?
-    "mnli": Files(
+    "mnli": Kind(
         "MNLI",
         label="gold_label",
         labels=["contradiction", "entailment", "neutral"],
@@ -108,9 +108,9 @@ FILES = {
         },
     ),
     # Does a sentence answer a question?
-    "qnli": Files("QNLI", ["question", "sentence"], labels=FOLLOWS),
+    "qnli": Kind("QNLI", ["question", "sentence"], labels=FOLLOWS),
     # Does the second sentence follow from the first? In the built-in world: one caption from another
-    "rte": Files("RTE", labels=FOLLOWS),
+    "rte": Kind("RTE", labels=FOLLOWS),
 }
 
 
@@ -130,7 +130,7 @@ class GLUE(Task):
 
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
-        self.task = FILES[args.stage]
+        self.task = TASKS[args.stage]
         self.best = next(iter(self.task.metrics))
         splits = args.splits
         if args.training and not shapes.asked(args.data):

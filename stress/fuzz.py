@@ -70,7 +70,7 @@ def pairs(path):
 
 
 def sentences(path):
-    return records(glue.read(glue.FILES["sst-2"], [path.parents[1]], "train"))
+    return records(glue.read(glue.TASKS["sst-2"], [path.parents[1]], "train"))
 
 
 def encoded(path):

@@ -40,7 +40,7 @@ HEADERS = {  # of the official files, and the columns of texts and label
     "QNLI": ("index question sentence label", "question sentence", "label"),
     "RTE": ("index sentence1 sentence2 label", "sentence1 sentence2", "label"),
 }  # fmt: skip
-NAMES = {task.folder: name for name, task in glue.FILES.items()}
+NAMES = {task.folder: name for name, task in glue.TASKS.items()}
 
 
 def write(folder, task, file, labels):
@@ -62,7 +62,7 @@ def write(folder, task, file, labels):
 
 @pytest.mark.parametrize("task", HEADERS)
 def test_official_files_are_read(task, tmp_path):
-    kind = glue.FILES[NAMES[task]]
+    kind = glue.TASKS[NAMES[task]]
     labels = kind.labels or ["3.200", "0.5"]
     write(tmp_path, task, kind.files["val"], labels)
     write(tmp_path, task, kind.files["test"], [None, None])
@@ -111,7 +111,7 @@ def test_a_caption_follows_from_another_in_half_of_the_cases():
 
 @pytest.mark.parametrize("name", ["sts-b", "mnli"])
 def test_from_official_files_to_a_submission(name, stages, tmp_path, monkeypatch, capsys):
-    kind = glue.FILES[name]
+    kind = glue.TASKS[name]
     labels = (kind.labels or ["1.5", "4.0"]) * 12
     for file in set(kind.files.values()):
         write(tmp_path, kind.folder, file, labels[:6] if "test" not in file else [None] * 5)
