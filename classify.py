@@ -91,11 +91,10 @@ class Classify(Task):
         names = {choice: choice.replace("_", " ") for choice in self.choices}
         if args.class_names:
             names = read_names(args.class_names)
-        vectors = []
+        templates, vectors = args.templates or ["a {}"], []
         for choice in self.choices:
-            if choice not in names:
+            if not names.get(choice):
                 raise UserError(f"--class-names {args.class_names} has no name of class {choice}")
-            templates = args.templates or ["a {}"]
             ids, mask = words.encode_all([template.replace("{}", names[choice]) for template in templates])
             mean = self.model.embed_text(ids.to(run.device), mask.to(run.device)).mean(0)  # (D,)
             vectors.append(unit(mean))
