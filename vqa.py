@@ -210,8 +210,9 @@ def own_questions(path):
         if not isinstance(answers, list) or not answers or not all(isinstance(one, str) for one in answers):
             raise UserError(f"{where}: answers must be a list of at least one text")
         [(majority, _)] = collections.Counter(answers).most_common(1)
-        ten = [answers[k * len(answers) // 10] for k in range(10)]
-        yield Question(file, text, number, ten if len(answers) < 10 else answers, majority, "other")
+        if len(answers) < 10:
+            answers = [answers[k * len(answers) // 10] for k in range(10)]
+        yield Question(file, text, number, answers, majority, "other")
 
 
 def annotations(path):
