@@ -177,9 +177,10 @@ def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
     refused(call, "train", *run, says="processes 2 → 1")
 
 
-# Negatives for ITM are drawn, so it is left out. In stage momo-text the modalities take turns
+# Negatives for ITM are drawn, so it is left out. In stage momo-text the modalities take turns, and only
+# the texts have a split val
 AS_ONE = """
-image --dvae STAGES/dvae/last.pt | vl --itm-weight 0 | momo-text --no-cmga --texts DATA/texts.txt
+image --dvae STAGES/dvae/last.pt | vl --itm-weight 0 | momo-text --no-cmga --texts DATA/texts.txt --eval-every 4
 """
 
 
