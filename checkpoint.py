@@ -149,7 +149,7 @@ class Checkpoint:
 
 
 def check_averages(state, optimizer):
-    """AssertionError for averages of other parameters: fused AdamW would leave their memory."""
+    """AssertionError if averages have other shapes than parameters: fused AdamW does not look."""
     saved = [number for group in state["param_groups"] for number in group["params"]]
     own = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(saved) == len(own)
@@ -273,8 +273,8 @@ def begin(config, start, seed, fresh=(), copies=True):
     """A model of this Config with what a checkpoint has learned, except groups in `fresh` → VLMo,
     origin.
 
-    copies: whether experts that it lacks start from the vision experts, or from random weights (attention
-    always from the image's).
+    copies: whether experts that it lacks start from the vision experts, or from random weights; attention
+    always starts from the image's.
     origin: {group: how it came}, empty without a checkpoint (see fit).
     """
     runtime.seed_all(seed)

@@ -163,7 +163,7 @@ class Pairs(Images):
 
 
 class Examples(Images):
-    """Training samples of a task: besides the image text, mask (T,) if it has texts; target, a tensor."""
+    """Training samples of a task: besides those of Images target, and of tasks with texts text, mask (T,)."""
 
     def __init__(self, source, words, target, image_size, args, usual="randaugment"):
         """words: None if the task has no texts. target: (record) → tensor."""

@@ -73,7 +73,7 @@ class Tokenizer(nn.Module):
         return image
 
     def encode(self, image):
-        """image (B, 3, S, S) → the likeliest code of each cell, row by row, (B, N); in full precision."""
+        """image (B, 3, S, S) → the likeliest code of each cell, int64 (B, N); in full precision."""
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
             return self.encoder(self.pixels(image)).argmax(1).flatten(1)
 
@@ -107,7 +107,7 @@ def dvae_losses(pixels, reconstruction, logits):
 
 
 def codebook_use(counts):
-    """How often each code serves, (K,) → how many do, and their perplexity: K if all do equally."""
+    """counts (K,): how often each code serves → how many do, and their perplexity, exp(entropy)."""
     share = counts.double() / counts.sum()
     return int((share > 0).sum()), math.exp(-(share * share.clamp(min=1e-20).log()).sum().item())
 

@@ -132,7 +132,7 @@ def pointing_game(maps, words, config, device, count=200):
 
 
 def patches_inside(places, config):
-    """Which patches have their center in which thing, (things, N). places: of shapes.World."""
+    """Which patches have their center in which thing, bool (things, N). places: of shapes.World."""
     side = config.image_size // config.patch_size
     center = (torch.arange(side) + 0.5) * config.patch_size
     y, x = torch.meshgrid(center, center, indexing="ij")  # (side, side)

@@ -129,7 +129,7 @@ def itc_loss(i2t, t2i, same):
 
 
 def candidates(same, negatives):
-    """Who may be a negative of whom, (b, B): "global" (Section 3.3) or "local" (Table 6) negatives."""
+    """Who may be a negative of whom, bool (b, B). negatives: "global" (Section 3.3), "local" (Table 6)."""
     if negatives == "global":
         return ~same
     b, local = len(same), torch.zeros_like(same)

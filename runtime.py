@@ -194,7 +194,7 @@ def keep_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own, which would end with it
 
 
-IMPATIENT = 5
+IMPATIENT = 5  # seconds after which a second signal is the user's; torchrun forwards what each process has got
 
 
 class Signals:
@@ -228,7 +228,7 @@ class Signals:
             self.caught, self.since = number, time.monotonic()
             if self.in_step:
                 signal.alarm(30)
-        elif time.monotonic() - self.since > IMPATIENT:  # else it is the same again: torchrun forwards its own
+        elif time.monotonic() - self.since > IMPATIENT:
             os._exit(128 + number)
 
     def give_up(self, number, frame):
@@ -273,6 +273,7 @@ def leave_group(_):
 
 
 def wait_for_parent():
+    """Ends this process when its parent asks for it."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -284,7 +285,7 @@ def cores():
 
 
 def seed_all(*words):
-    """Seeds torch from whole numbers such as (seed, step, rank), so that no state is to be stored."""
+    """Seeds torch from whole numbers such as (seed, step, rank), so that no state need be stored."""
     state = 0
     for word in words:
         state = (state * 1_000_003 + int(word) + 1) % 2**63
