@@ -111,8 +111,10 @@ def test_the_best_of_a_folder_are_those_of_a_dot_product(trained, own, capsys):
     for flags, order in (("", scores), ("--rerank 4", by_both), ("--rerank 2", two)):
         command = f"search --checkpoint vl --images own {flags}"
         run(trained, command, "--text", "a red circle")
-        found = re.findall(r"own/(\d).png", capsys.readouterr().out)
+        out = capsys.readouterr().out
+        found = re.findall(r"own/(\d).png", out)
         assert list(map(int, found)) == order.argsort(descending=True).tolist()
+        assert out.count("match") == int(flags[-1:] or 0)  # only the best K are matched
     run(trained, "embed --checkpoint vl --images own --texts texts.txt --out v.npz")
     with np.load("v.npz") as file:
         found = file["image_vectors"] @ file["text_vectors"][0]
