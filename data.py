@@ -139,7 +139,7 @@ class Images(Dataset):
 class Pairs(Images):
     """Training samples (image, caption): every caption of every picture, once an epoch. Besides
     those of Images a sample has text, masked, labels (T,) int64; mask (T,) bool, True = real token;
-    ids (2,) int64, hashes of item and caption."""
+    ids (2,) int64, hashes of the item, and of the caption as the model reads it."""
 
     def __init__(self, source, words, image_size, args, hide=None):
         super().__init__(source, image_size, args, "randaugment", hide)
@@ -158,7 +158,7 @@ class Pairs(Images):
         caption = picture.captions[number % len(picture.captions)]  # a replacement may have fewer
         text, mask = self.words.encode(caption)
         masked, labels = self.words.mask_words(text, rng)
-        ids = torch.tensor([stable_hash(picture.item), stable_hash(caption)])
+        ids = torch.tensor([stable_hash(picture.item), stable_hash(str(text.tolist()))])
         return {"text": text, "mask": mask, "masked": masked, "labels": labels, "ids": ids}
 
 

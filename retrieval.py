@@ -95,8 +95,8 @@ def retrieval(model, source, words, device, batch=64, rerank=0):
     """All pictures of a source against all its captions, by the dual encoder → {"TR@1", …, "mean"};
     if `rerank`, also with the ITM head on each query's best `rerank`, as "reranked TR@1", ….
 
-    A caption is right for every picture that has it, or is of the same item, if source.by_text, else
-    (Karpathy's splits) only for its own.
+    A caption is right for every picture that has it (in upper or lower case), or is of the same item, if
+    source.by_text, else (Karpathy's splits) only for its own.
     """
     training = model.training
     model.eval()
@@ -150,12 +150,12 @@ def relevant_pairs(captions, items, by_text):
     number of the caption) that are right."""
     having, alike = collections.defaultdict(set), collections.defaultdict(set)
     for image, caption in captions:
-        having[caption].add(image)
+        having[caption.lower()].add(image)
     for image, item in enumerate(items):
         alike[item].add(image)
     pairs = []
     for n, (image, caption) in enumerate(captions):
-        owners = having[caption] | alike[items[image]] if by_text else {image}
+        owners = having[caption.lower()] | alike[items[image]] if by_text else {image}
         pairs += [(owner, n) for owner in sorted(owners)]
     return torch.tensor(pairs).T
 

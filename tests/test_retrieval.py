@@ -42,7 +42,7 @@ def test_recall_has_both_ways_and_their_mean():
 
 
 def test_a_caption_of_several_pictures_is_right_for_all_or_for_its_own_only():
-    captions = [(0, "alike"), (1, "other"), (2, "alike"), (3, "more of it")]  # images 1, 3 are of one item
+    captions = [(0, "alike"), (1, "other"), (2, "Alike"), (3, "more of it")]  # images 1, 3 are of one item
     own = {(0, 0), (1, 1), (2, 2), (3, 3)}
     for by_text, expected in ((False, own), (True, own | {(2, 0), (0, 2), (3, 1), (1, 3)})):
         pairs = retrieval.relevant_pairs(captions, ["a", "b", "c", "b"], by_text).T.tolist()
