@@ -222,13 +222,14 @@ def captions_file(folder, split):
 
 
 def read_manifest(path, split):
-    """{"image": path below its folder, "captions": [str, …], "item": optional}, one per line."""
+    """{"image": path below its folder, "captions": [str, …], "item": optional}, one per line. Items of two
+    folders are different ones."""
     folder = str(path.parent)  # paths are slow: these lines run millions of times
     for where, entry in reading.json_lines(path):
         [image] = reading.fields(where, entry, image=str)
         file, item = path_below(folder, image, where), entry.get("item")
         captions = checked_captions(entry.get("captions"), where)
-        yield Picture(file, captions, file if item is None else str(item))
+        yield Picture(file, captions, file if item is None else f"{folder}/{item}")
 
 
 def read_table(path, split):

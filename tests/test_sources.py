@@ -33,7 +33,7 @@ def test_manifest_and_a_link_that_leads_out_of_its_folder(tmp_path):
     manifest(folder, GOOD | {"captions": ["one", ""], "item": 7}, "", strange)
     (folder / "a.png").symlink_to(tmp_path / "a.png")
     source, file = sources.pictures([folder], "train", 8, captions=True), str(folder / "a.png")
-    assert source[0] == data.Picture(file, ["one", ""], "7")
+    assert source[0] == data.Picture(file, ["one", ""], f"{folder}/7")  # another folder has its own
     assert source[1] == data.Picture(file, ["é\u2028\x85"], file)
     assert len(source) == 2 and source.by_text and source.image(1).size == (8, 8)
     assert source.caption_ends().tolist() == [2, 3]
