@@ -25,20 +25,21 @@ class Unreadable(UserError):
 # What Pillow raises on broken files, depending on their format
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 UNREADABLE += (RuntimeError, MemoryError, struct.error, Image.DecompressionBombError)
-MOST_PIXELS = 10**8  # of an image: 300 MB once it is decoded; the largest cameras have as many
+MOST_PIXELS = 1.2e8  # of an image: 360 MB once it is decoded; the largest cameras have 102 million
+Image.MAX_IMAGE_PIXELS = None  # no warning of Pillow's below that
 GRAY = (128, 128, 128)
 
 
 def read_image(path, view=None, at=None):
-    """RGB, turned as its EXIF data says; transparent parts become white, and values of more than 8
-    bit are scaled by their range, as viewers do. Unreadable, with the path, if it is no image.
+    """RGB, turned as its EXIF data says; transparent parts become white, and gray values of more than 8
+    bit are scaled by their range. Unreadable, with the path, if it is no image.
 
     view: None, or the side of the training view that is made of it: then a JPEG file is decoded at a
     half, a quarter or an eighth of its size, if that is enough.
     at: where an image in a shard is, (file, offset, size).
     """
     try:
-        with Image.open(image_file(path, at)) as image:
+        with image_file(path, at) as file, Image.open(file) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"{image.width} × {image.height} pixels are too many")
             if view:
@@ -57,7 +58,8 @@ def read_image(path, view=None, at=None):
 
 
 def image_file(path, at):
-    """What Pillow opens: the path, or what is at its place in a shard."""
+    """An open file, or what is at its place in a shard. (Of a path, Pillow maps some files into memory,
+    and turns these wrongly.)"""
     if at:
         shard, offset, size = at
         with open(shard, "rb") as file:
@@ -65,7 +67,7 @@ def image_file(path, at):
             return io.BytesIO(file.read(size))
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is no regular file")
-    return path
+    return open(path, "rb")
 
 
 def to_tensor(image):
@@ -110,7 +112,7 @@ def crop_box(width, height, rng):
         target = rng.uniform(AREA, 1) * width * height
         ratio = math.exp(rng.uniform(-math.log(ASPECT), math.log(ASPECT)))
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < w <= width and 0 < h <= height:
+        if w <= width and h <= height:
             x, y = rng.randint(0, width - w), rng.randint(0, height - h)
             return x, y, x + w, y + h
     return None

@@ -36,6 +36,8 @@ def test_transparency_shows_white_and_no_image_is_unreadable(tmp_path):
     image.save(path)
     tensor = images.to_tensor(images.read_image(path))
     assert tensor[:, 2, 1].tolist() == [10, 20, 30] and tensor[:, 0, 0].tolist() == [255] * 3
+    Image.new("L", (4, 4), 9).save(tmp_path / "b.png", transparency=9)
+    assert images.read_image(tmp_path / "b.png").getpixel((0, 0)) == (255, 255, 255)
     for content in (b"", b"hello", path.read_bytes()[:40]):
         path.write_bytes(content)
         refused(images.read_image, path, error=images.Unreadable)
@@ -50,6 +52,8 @@ def test_images_are_seen_as_a_viewer_shows_them(tmp_path):
     image.save(tmp_path / "turned.png", exif=exif)
     turned = images.read_image(tmp_path / "turned.png")
     assert turned.size == (2, 4) and turned.getpixel((1, 0)) == (255, 0, 0)
+    image.convert("L").save(tmp_path / "turned.tiff", exif=exif)
+    assert images.read_image(tmp_path / "turned.tiff").getpixel((1, 0)) == (76, 76, 76)
     ramp = 500 + 10 * np.arange(12).reshape(3, 4)
     for name, kind in (("a.png", np.uint16), ("b.tiff", np.float32), ("c.tiff", np.int32), ("d.tiff", ">u2")):
         Image.fromarray(ramp.astype(kind)).save(tmp_path / name)
