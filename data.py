@@ -97,7 +97,7 @@ class Images(Dataset):
         """usual: the augmentation of images from disk. hide: (rng) → hidden."""
         self.source, self.image_size, self.seed, self.hide = source, image_size, args.seed, hide
         self.augmentation = args.augment or ("none" if source.drawn else usual)
-        self.flip = not source.drawn and not args.no_flip
+        self.flip = self.augmentation != "none" and not source.drawn and not args.no_flip
         self.named = set()  # unreadable files
 
     def __len__(self):
