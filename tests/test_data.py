@@ -211,10 +211,6 @@ def test_an_epoch_has_every_caption_of_every_picture_once(words):
     found = Counter(pairs[0, number]["ids"][0].item() for number in range(len(pairs)))
     counts = {data.stable_hash(f"item {i}"): n for i, n in enumerate([2, 1, 2, 9, 2])}
     assert found == counts and len(pairs) == 16
-
-
-def test_examples_have_both_images_the_text_and_the_target_of_a_sample(words):
-    source, target = nlvr2.WorldStatements("train", 16), lambda record: torch.tensor(7)
     assert pairs[0, 0]["ids"][1] != pairs[0, 1]["ids"][1]
     same = Pictures(4)
     for i, caption in enumerate(["Number 3", "number 3", "number 3 " + 30 * "1 ", "number 3 " + 40 * "1 "]):
@@ -222,6 +218,10 @@ def test_examples_have_both_images_the_text_and_the_target_of_a_sample(words):
     pairs = data.Pairs(same, words, 8, options())  # captions that are read alike, also because they are cut
     a, b, c, d = (pairs[0, number]["ids"][1].item() for number in range(4))
     assert a == b != c == d
+
+
+def test_examples_have_both_images_the_text_and_the_target_of_a_sample(words):
+    source, target = nlvr2.WorldStatements("train", 16), lambda record: torch.tensor(7)
     sample = data.Examples(source, words, target, 16, options())[0, 5]  # not augmented
     assert torch.equal(sample["image"], torch.stack(list(map(images.to_tensor, source.image(5)))))
     assert torch.equal(sample["text"], words.encode(source[5].text)[0]) and sample["target"] == 7
@@ -291,6 +291,9 @@ def test_an_unreadable_image_is_named_once_and_the_next_replaces_it(words, capsy
         assert sample["unreadable"] == 2 and (sample["image"] == 0).all()
         assert torch.equal(sample["text"], words.encode("picture 0")[0])
     assert capsys.readouterr().err.count("cannot be read") == 2
+    source = Pictures(3, broken=[0])
+    source.target = lambda picture: torch.tensor(int(picture.item[-1]))
+    assert data.Examples(source, None, source.target, 8, options())[0, 0]["target"] == 1  # of what replaces it
     gone = data.Images(Pictures(3, broken=range(3)), 8, options())  # a disk that is gone
     assert gone[0, 0]["unreadable"] == data.IN_A_ROW
     assert collate([pairs[0, 0], gone[0, 0]])["unreadable"].tolist() == [data.IN_A_ROW]  # also among others
