@@ -1,7 +1,6 @@
 """Shards: .tar files as img2dataset and WebDataset write them. Members that follow each other and
-differ only in their ending are a sample: KEY.jpg, KEY.txt with a caption per line, or KEY.json with
-its "caption". An image stays where it is in the file, so a shard is neither unpacked nor read in
-order.
+differ only in their ending are a sample: KEY.jpg, and KEY.txt with a caption, or KEY.json with its
+"caption". An image stays where it is in the file, so a shard is neither unpacked nor read in order.
 """
 
 import functools
@@ -71,13 +70,14 @@ def sample_captions(path, file, sample):
     where, content = f"{path}, member {member.name}", file.read(member.size)
     if ".txt" in sample:
         try:
-            lines = content.decode().split("\n")
+            caption = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: no UTF-8 text: {error}") from None
-        return list(filter(None, map(str.strip, lines)))
-    entry = parse_json(content, where)
-    caption = entry.get("caption") if isinstance(entry, dict) else None
-    return checked_captions([caption], where) if caption else []
+    else:
+        entry = parse_json(content, where)
+        caption = entry.get("caption") if isinstance(entry, dict) else None
+    captions = checked_captions([caption or ""], where)
+    return captions if captions[0].strip() else []
 
 
 # ---- Members -------------------------------------------------------------------------------------
