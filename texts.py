@@ -258,9 +258,13 @@ def paragraphs(path):
 
 
 def documents(path):
-    """The documents of a text file: its paragraphs, or its lines if it has no blank line inside."""
-    blocks = (filled for filled, _ in itertools.groupby(read_lines(path), key=bool) if filled)
-    several = len(list(itertools.islice(blocks, 2))) == 2
+    """The documents of a text file: its paragraphs, or its lines where blank ones are rarer than one in
+    50, such as a few empty documents."""
+    lines = blocks = 0
+    for filled, block in itertools.groupby(read_lines(path), key=bool):
+        if filled:
+            lines, blocks = lines + sum(1 for _ in block), blocks + 1
+    several = 50 * (blocks - 1) > lines
     yield from paragraphs(path) if several else filter(None, read_lines(path))
 
 

@@ -122,8 +122,10 @@ def test_documents_are_lines_or_paragraphs_split_by_their_text(tmp_path):
     assert [*found, *found[::-1]] == list(texts.read_documents([tmp_path]))  # both files
     counts = Counter(split for split, _ in found)
     assert counts.keys() == {"train", "val", "test"} and len(list(texts.corpus([a]))) == counts["train"]
-    a.write_text("\n".join([*lines, "", *lines, *lines]))  # one stray blank line
-    assert [len(text.split()) for text in texts.documents(a)] == [3000, 3000, 3000]
+    a.write_text("\n".join([*lines, "", *lines]))  # an empty document
+    assert list(texts.documents(a)) == lines + lines
+    a.write_text("\n".join([*50 * ["short", ""], *lines, *lines]))
+    assert [len(text.split()) for text in texts.documents(a)] == [1] * 50 + [3000, 3000]
     pipe = tmp_path / "pipe.txt"
     os.mkfifo(pipe)
     refused(texts.text_files, [pipe])
