@@ -56,11 +56,11 @@ def encode(words, texts, run):
     to be read whole."""
     if not texts:
         raise UserError("name a text, too: --text, --question or --statement")
+    ids, mask = words.encode_all(texts)
     for text in texts:
         count = len(words.tokenizer.encode(text, add_special_tokens=False).ids)
         if not 0 < count <= words.length - 2:
             raise UserError(f'"{text[:40]}" has {count} tokens: this model reads 1 to {words.length - 2}')
-    ids, mask = words.encode_all(texts)
     return ids.to(run.device), mask.to(run.device)
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 import runtime
 import shapes
 from data import SPLITS, split_by_hash
-from reading import files_below, read_text, text_lines
+from reading import checked_text, files_below, read_text, text_lines
 from runtime import UserError
 
 IGNORE = -100  # a label that is not predicted
@@ -154,7 +154,10 @@ class Words:
         return self.frame([*pieces, self.sep, *more])
 
     def encode_all(self, texts):
-        """Texts → ids (n, T) int64, mask (n, T) bool, cut to the longest of them."""
+        """Texts → ids (n, T) int64, mask (n, T) bool, cut to the longest of them. UserError for one that a
+        terminal or a file system gave in another encoding than UTF-8."""
+        for text in texts:
+            checked_text(text, repr(text[:40]))
         ids, mask = (torch.stack(parts) for parts in zip(*map(self.encode, texts)))
         T = cut(mask)
         return ids[:, :T], mask[:, :T]

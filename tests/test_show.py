@@ -61,7 +61,7 @@ masked --checkpoint momo-vl | curve runs/vl runs/image | curve runs/vl/metrics.j
 
 def run(trained, command, *more):
     """Runs a command line in which checkpoints and runs are named by their folder."""
-    texts = {"EMPTY": "", "LONG": "word " * 10_000}
+    texts = {"EMPTY": "", "LONG": "word " * 10_000, "LATIN": "caf\udce9"}  # of a terminal in Latin-1
     words = [texts.get(word, word) for word in command.replace("runs/", f"{trained}/").split()] + [*more]
     for k, word in enumerate(words):
         if word == "--checkpoint":
@@ -167,6 +167,7 @@ search --checkpoint vl --image own/0.png --text red | search --checkpoint vl --i
 match --checkpoint vl --image own/0.png --text red --scene 1 | search --checkpoint vl --out absent/a.png
 curve runs/vl --only nothing | nothing | match --checkpoint vl --image own/0.png --text EMPTY
 match --checkpoint vl --image own/0.png --text LONG | ask --checkpoint vqa --question LONG
+match --checkpoint vl --image own/0.png --text LATIN
 """
 
 
