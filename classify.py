@@ -129,9 +129,10 @@ class Classify(Task):
 class Probe(Classify):
     """The linear probe: only the head learns, on standardised features of a frozen encoder."""
 
+    architecture = dict(drop_path=0.0)
     recipe = {  # MoMo's paper refers to MAE
         "tiny": dict(epochs=0.64, batch_size=64, lr=1e-2, clip=1.0, save_every=100),
-        "base": dict(epochs=90, batch_size=1024, lr=1e-3, image_size=224, drop_path=0.0),
+        "base": dict(epochs=90, batch_size=1024, lr=1e-3, image_size=224),
     }
 
     @staticmethod

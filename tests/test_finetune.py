@@ -51,6 +51,11 @@ IN_THE_WORLD = [name for name in finetune.TASKS if name == "rte" or name not in 
 def test_evaluation_finds_what_the_run_said_at_its_end(task, start, tmp_path, capsys):
     run = ["--task", task, "--init", start, "--batch-size", 32, "--epochs", 1e-9, "--eval-every", 1]
     run += ["--itm-weight", 1] if task == "retrieval" else []
+    if task in ("classify", "probe"):
+        content = torch.load(start, weights_only=True)
+        content["config"]["drop_path"] = 0.1
+        torch.save(content, tmp_path / "start.pt")
+        run[3] = tmp_path / "start.pt"
     call("finetune", *run, "--out", tmp_path)
     best, last = (checkpoint.read(tmp_path / name) for name in ("best.pt", "last.pt"))
     val, test = measures(tmp_path)
@@ -64,9 +69,10 @@ def test_evaluation_finds_what_the_run_said_at_its_end(task, start, tmp_path, ca
         call("evaluate", *ask, "--split", "train")
     expected = {name: test.get(name, results[name]) for name in results}
     assert results == pytest.approx(expected, abs=0.01) and results.keys() & test.keys()
-    if task in ("classify", "probe"):  # only the probe's features are standardised
+    if task in ("classify", "probe"):  # only the probe's features are standardised, and never dropped
         assert last.head["1.bias"].abs().max() > 0  # it started at 0
         assert bool((last.head["0.deviation"] == 1).all()) == (task == "classify")
+        assert last.config.drop_path == (0.1 if task == "classify" else 0)
 
 
 def test_the_best_step_is_kept_when_a_killed_run_resumes(start, tmp_path, monkeypatch):
