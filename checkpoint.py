@@ -57,7 +57,7 @@ def trainable(model):
 # ---- The file ------------------------------------------------------------------------------------
 
 # Settings that do not change what a resumed run learns (another number of processes or parts: but for
-# rounding, drop-path, the draw of negatives, and the dVAE's codebook use of a part)
+# rounding, drop-path, the draw of negatives, and the dVAE's draw of codes and use of its codebook)
 HARMLESS = {"out", "save_every", "log_every", "eval_every", "keep_previous", "workers", "compile", "recompute"}
 HARMLESS |= {"processes", "accumulate"}
 BESIDES_FLAGS = ("processes", "samples")  # settings that are no flags; samples: how many each data set has
@@ -244,7 +244,7 @@ def prepare(stage, args, run, resumed):
             out.resolve().rename(aside)
             run.print(f"{out} held a run: moved to {aside.name} next to it (--resume would have continued it)")
         out.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link
-        now = settings(stage, args, run)
+        now = json.loads(json.dumps(settings(stage, args, run)))  # as it will be read
         now["earlier"] = earlier_settings(out / "config.json", now) if resumed else []
         runtime.write(out / "config.json", lambda file: file.write(json.dumps(now, indent=2).encode() + b"\n"))
     except OSError as error:
