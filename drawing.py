@@ -106,8 +106,8 @@ def curves(runs, only=None):
     metrics.jsonl}, of several the mean is drawn. only: names of some measures."""
     found = collections.defaultdict(list)  # {(title, run, step): values}
     for run, paths in runs.items():
-        for path in map(Path, paths):
-            for _, entry in read_metrics(path / "metrics.jsonl" if path.is_dir() else path):
+        for path in paths:
+            for entry in entries(path):
                 split = f", split {entry['split']}" if "split" in entry else ""
                 for name, value in entry.items():
                     shown = name in only if only else name not in NOT_SHOWN and not name.endswith("_per_s")
@@ -122,6 +122,12 @@ def curves(runs, only=None):
         if all(len({y for _, y in curve}) < 2 for curve in curves.values()):
             del panels[title]
     return chart(panels, list(runs)) if panels else None
+
+
+def entries(path):
+    """The lines of a run's metrics.jsonl. path: its folder, or the file."""
+    path = Path(path)
+    return [entry for _, entry in read_metrics(path / "metrics.jsonl" if path.is_dir() else path)]
 
 
 def chart(panels, names):
@@ -141,7 +147,13 @@ def plot(title, curves, colors, width=330, height=200):
     log = min(ys) > 0 and max(ys) >= 10 * min(ys)
     scale = math.log if log else float
     low, span = scale(min(ys)), scale(max(ys)) - scale(min(ys)) or 1.0
-    left, top, right, bottom = 52, LINE + 6, width - 20, height - LINE - 4  # the frame
+    ticks = {y: f"{y:g}" for y in (powers(min(ys), max(ys)) if log else steps(min(ys), max(ys), 5))}
+    marks = {x: f"{x:g}" for x in steps(0, max(xs), 4)}
+
+    # The frame, with room for the numbers at its left, and for half of the last one below it
+    left = 10 + max([42, *map(FONT.getlength, ticks.values())])
+    right = width - max(20, 4 + FONT.getlength(marks[max(marks)]) / 2)
+    top, bottom = LINE + 6, height - LINE - 4
 
     def place(x, y):
         """Pixels of a point: x from 0; y with a margin of a twentieth."""
@@ -151,12 +163,12 @@ def plot(title, curves, colors, width=330, height=200):
     picture = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((left, 2), title + (" (log scale)" if log else ""), INK, FONT)
-    for y in powers(min(ys), max(ys)) if log else steps(min(ys), max(ys), 5):
+    for y, number in ticks.items():
         _, at = place(0, y)
         draw.line([(left, at), (right, at)], PALE)
-        draw.text((left - 6, at), f"{y:g}", INK, FONT, anchor="rm")
-    for x in steps(0, max(xs), 4):
-        draw.text((place(x, ys[0])[0], bottom + 4), f"{x:g}", INK, FONT, anchor="mt")
+        draw.text((left - 6, at), number, INK, FONT, anchor="rm")
+    for x, number in marks.items():
+        draw.text((place(x, ys[0])[0], bottom + 4), number, INK, FONT, anchor="mt")
     for name, curve in curves.items():
         places = [place(x, y) for x, y in curve]
         draw.line(places, colors[name], 2)
@@ -175,6 +187,9 @@ def steps(low, high, count):
 
 
 def powers(low, high):
-    """1, 2, 5 times powers of ten from low to high."""
-    found = [f * 10.0**n for n in range(-12, 13) for f in (1, 2, 5)]
-    return [value for value in found if low <= value <= high]
+    """1, 2, 5 times powers of ten from low to high, or the powers alone, or each third: ten at most."""
+    for factors, exponents in (((1, 2, 5), range(-12, 13)), ((1,), range(-12, 13)), ((1,), range(-12, 13, 3))):
+        found = [f * 10.0**n for n in exponents for f in factors if low <= f * 10.0**n <= high]
+        if len(found) <= 10:
+            break
+    return found

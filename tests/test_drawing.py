@@ -63,6 +63,14 @@ def test_curves_are_of_what_changed_in_several_runs(tmp_path, monkeypatch):
         refused(drawing.curves, {"one": [path]})
 
 
+def test_all_numbers_of_a_chart_have_room():
+    for curve in ([(0, 0.066851), (200_000, 0.066859)], [(k, 10.0 ** (-k)) for k in range(11)]):
+        picture = np.asarray(drawing.plot("", {"a": curve}, {"a": drawing.COLORS[0]}))
+        assert (picture[:, [0, -1]] == 255).all()  # nothing is cut at the sides
+    assert drawing.powers(1e-10, 1) == [1e-9, 1e-6, 1e-3, 1] and len(drawing.powers(1e-5, 1)) == 6
+    assert drawing.powers(3, 60) == [5, 10, 20, 50]
+
+
 def test_a_curve_is_drawn_where_it_belongs():
     """A straight line on a linear scale, and an exponential one on a log scale, go from corner to corner."""
     colors = {"run": (255, 0, 0)}
