@@ -298,6 +298,9 @@ def curve(args, run):
     """The losses of one run or several, and what was measured, from their metrics.jsonl."""
     if len(args.runs) > len(drawing.COLORS):
         raise UserError(f"{len(args.runs)} runs: there are colors for {len(drawing.COLORS)}")
+    known = set().union(*(entry for run in args.runs for entry in drawing.entries(run)))
+    if absent := set(args.only or []) - known:
+        raise UserError(f"--only: no run has {', '.join(sorted(absent))}")
     if not (chart := drawing.curves({run: [run] for run in args.runs}, args.only)):
         raise UserError(f"{' '.join(args.runs)}: nothing to draw")
     save(chart, args)

@@ -165,7 +165,7 @@ attend --checkpoint momo-vl --relevance | attend --checkpoint image
 masked --checkpoint momo-vl --image own/0.png | curve absent | curve texts.txt | curve own | masked --layers 1
 search --checkpoint vl --image own/0.png --text red | search --checkpoint vl --images own --texts texts.txt
 match --checkpoint vl --image own/0.png --text red --scene 1 | search --checkpoint vl --out absent/a.png
-curve runs/vl --only nothing | nothing | match --checkpoint vl --image own/0.png --text EMPTY
+curve runs/vl --only itc nothing | nothing | match --checkpoint vl --image own/0.png --text EMPTY
 match --checkpoint vl --image own/0.png --text LONG | ask --checkpoint vqa --question LONG
 match --checkpoint vl --image own/0.png --text LATIN
 """
