@@ -106,7 +106,8 @@ KINDS |= dict.fromkeys(shapes.SHAPES, "shape")
 def pointing_game(maps, words, config, device, count=200):
     """Whether the hottest patch of a word that describes a thing lies in that thing, on scenes of
     the built-in world's split test → {"size", "color", "shape", "all", "any thing": how often it
-    lies in any thing of the scene, "chance": of a patch at random}, in percent.
+    lies in any thing of the scene, "chance": of a patch at random}, in percent, of the kinds of words
+    that the model knows.
 
     maps(text (1, T), mask (1, T), image (1, 3, side, side)) → (T, N). A patch lies in a thing if its
     center lies in the thing's circle.
@@ -128,7 +129,7 @@ def pointing_game(maps, words, config, device, count=200):
                 hits["any thing"].append(inside[:, hottest].any())
                 hits["chance"].append(inside[thing].double().mean())
             thing += word in shapes.SHAPES  # a caption names size, color and shape of one, then of the next
-    return {name: 100 * torch.stack(found).double().mean().item() for name, found in hits.items()}
+    return {name: 100 * torch.stack(found).double().mean().item() for name, found in hits.items() if found}
 
 
 def patches_inside(places, config):

@@ -250,8 +250,7 @@ def attend(args, run):
         print(f"{word:12}  hottest patch: row {row + 1}, column {column + 1}")
         tiles.append(drawing.tile(drawing.heat(square, patches.tolist()), word))
     save(drawing.sheet([("" if k else texts[0], tiles[k : k + 7]) for k in range(0, len(tiles), 7)]), args)
-    if not args.image:
-        found = inside.pointing_game(maps, words, config, run.device)
+    if not args.image and (found := inside.pointing_game(maps, words, config, run.device)):
         print(f"pointing game, % of words: {in_words(found)}")
 
 
