@@ -100,9 +100,10 @@ def search(args, run):
         titles, queries = [args.image], model.embed_image(view(read_image(args.image), config, run))
     else:
         first = range(min(3, len(source)))
-        titles = args.text or [caption for i in first for caption in source[i].captions[:1]]
-        ids, mask = encode(words, titles, run)
-        queries = model.embed_text(ids, mask)  # (C, D)
+        known = [caption for i in first for caption in source[i].captions[:1]]
+        titles = args.text or known
+        ids, mask = encode(words, args.text, run) if args.text or not known else words.encode_all(known)
+        queries = model.embed_text(ids.to(run.device), mask.to(run.device))  # (C, D)
     rows = []
     for q, title in enumerate(titles):
         scores = (gallery @ queries[q]).nan_to_num(-2)  # (I,): −2 is unreadable
