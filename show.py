@@ -278,9 +278,9 @@ def masked(args, run):
         }
         tiles = [drawing.tile(drawing.from_tensor(one[0]), label) for label, one in views.items()]
         rows.append((f"{hidden.sum()} of {hidden.numel()} patches are hidden", tiles))
-    seen = {"guess without the image": None} if "text" in known else {}
+    seen = {"without the image": None} if "text" in known else {}
     if "pair" in known:
-        seen["guess with the image"] = pixels
+        seen["with the image"] = pixels
     if seen:
         columns = []
         for title, picture in seen.items():
