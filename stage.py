@@ -228,7 +228,7 @@ def task_flags(parser, base, images="randaugment", text=True):
     group = parser.add_argument_group("head")
     group.add_argument("--head-factor", type=at_least(0.0), default=1.0, metavar="F", help="of the head's learning rate")
     if text and images:
-        fresh = "start the pooler from random weights"
+        fresh = "a new head begins with a new pooler, and leaves that of matching behind"
         group.add_argument("--fresh-pooler", action=argparse.BooleanOptionalAction, default=False, help=fresh)
     data.flags(parser, images, text, exclude=False)
     config_flags(parser, dataclasses.replace(base, max_text_len=min(base.max_text_len, 40)), names)

@@ -136,6 +136,7 @@ def test_pooler_second_image_and_head_of_a_new_task(start, tmp_path):
     call("finetune", *run, "--fresh-pooler", "--seed", 1, "--out", tmp_path / "fresh")
     fresh = checkpoint.read(tmp_path / "fresh/last.pt").tensors
     assert (fresh["pooler.weight"] - before["pooler.weight"]).abs().max() > 0.03
+    assert "itm_head.weight" in kept.tensors.keys() - fresh.keys()  # it reads what the old pooler gave
 
 
 def test_a_head_keeps_the_order_of_its_choices_and_others_get_a_new_one(tmp_path, capsys):
