@@ -293,14 +293,15 @@ READERS = {".jsonl": read_manifest, ".csv": read_table, ".tsv": read_table, ".js
 
 
 def has_split_folders(folder):
-    """Whether a folder has a folder per split: `train`, and `val` or `test`."""
-    train, *others = (os.path.isdir(os.path.join(folder, name)) for name in SPLITS)
-    return train and any(others)
+    """Whether a folder has a folder per split: two of `train`, `val` and `test`, or one and no other folder."""
+    folders = next(os.walk(folder), ("", [], []))[1]
+    splits = [name for name in folders if name in SPLITS]
+    return len(splits) > 1 or splits == folders != []
 
 
 def image_files(folder, split):
-    """Image files of a split below a folder. A folder with `train` and `val` or `test` has a folder
-    per split; the files of any other are split by a hash."""
+    """Image files of a split below a folder: in the split's own, or those that a hash of their names gives
+    to it."""
     if has_split_folders(folder):
         if os.path.isdir(os.path.join(folder, split)):
             yield from files_below(os.path.join(folder, split), IMAGES)

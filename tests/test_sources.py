@@ -95,6 +95,15 @@ def images(folder):
     return {split: [source[i].image for i in range(len(source))] for split, source in found.items()}
 
 
+def test_folders_of_splits_are_two_or_the_only_one(tmp_path):
+    picture(tmp_path / "a.png")
+    assert not sources.has_split_folders(tmp_path) and not sources.has_split_folders("shapes")
+    for name, found in (("val", True), ("cat", False), ("test", True)):  # also next to others
+        picture(tmp_path / name / "b.png")
+        assert sources.has_split_folders(tmp_path) == found
+    assert images(tmp_path / "cat").keys() == {"train"}
+
+
 def test_a_link_that_leads_back_repeats_nothing(tmp_path):
     picture(tmp_path / "a/x.png")
     for name in ("p", "q"):
