@@ -43,14 +43,15 @@ class Classify(Task):
         parser.add_argument("--zero-shot", action="store_true", help=zero_shot)
         captions = "captions of a class, of which the mean counts; {} is its name (default: a {})"
         parser.add_argument("--templates", nargs="+", metavar="TEXT", help=captions)
-        names = "FOLDER NAME, … per line, as in ImageNet's LOC_synset_mapping.txt (default: the folders' names)"
+        names = "FOLDER NAME, … per line, as in ImageNet's LOC_synset_mapping.txt: the classes to choose from "
+        names += "(default: the folders of the split)"
         parser.add_argument("--class-names", metavar="FILE", help=names)
 
     @staticmethod
     def check(start, args):
         if not args.zero_shot:
-            if args.templates or args.class_names:
-                raise UserError("--templates and --class-names are of --zero-shot")
+            if args.templates or args.class_names or args.vocab:
+                raise UserError("--templates, --class-names and --vocab are of --zero-shot")
             return Task.check(start, args)
         start.require(["itc_image", "itc_text"])
         for template in args.templates or []:
@@ -86,11 +87,10 @@ class Classify(Task):
         self.model, _ = checkpoint.begin(config, start, args.seed)
         self.model.to(run.device).eval()
         self.features = self.model.embed_image
-        self.choices = sorted(labels(self.sources[args.split]))
         words, _ = vocabulary(args, config, start, run, corpus=None)
-        names = {choice: choice.replace("_", " ") for choice in self.choices}
-        if args.class_names:
-            names = read_names(args.class_names)
+        known = labels(self.sources[args.split])
+        names = read_names(args.class_names) if args.class_names else {one: one.replace("_", " ") for one in known}
+        self.choices = sorted(names.keys() | known)
         templates, vectors = args.templates or ["a {}"], []
         for choice in self.choices:
             if not names.get(choice):
@@ -193,11 +193,20 @@ def read(paths, split, image_size):
     """The source of a split: a folder per class, in `train`, `val`, `test` or split by a hash."""
     if world := WorldClasses.read(paths, split, image_size):
         return world
-    files = image_files(task_folder(paths), split)
-    source = Records(Labelled, (Labelled(path, Path(path).parent.name) for path in files))
+    folder = task_folder(paths)
+    below = folder / split if has_split_folders(folder) else folder
+    source = Records(Labelled, (Labelled(path, class_of(path, below)) for path in image_files(folder, split)))
     if not len(source):
         raise absent(paths, split, captions=False)
     return source
+
+
+def class_of(path, folder):
+    """The name of the folder of a class, in which an image is."""
+    name, *rest = Path(path).relative_to(folder).parts
+    if not rest:
+        raise UserError(f"{path} is in no folder of a class")
+    return name
 
 
 def read_names(path):

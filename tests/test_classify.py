@@ -28,11 +28,13 @@ CPU = torch.device("cpu")
 def test_classes_are_folders_or_name_the_first_thing_of_a_scene(tmp_path):
     for split in ("train", "val"):
         for name in ("dog", "cat"):
-            picture(tmp_path / split / name / "1.png")
+            picture(tmp_path / split / name / "images/1.png")  # as in Tiny ImageNet
     source = read([tmp_path], "val", 8)
     assert [source[i].label for i in range(len(source))] == ["cat", "dog"]
     refused(read, [tmp_path], "test", 8, error=data.Absent)
     refused(read, [str(tmp_path)] * 2, "val", 8)
+    picture(tmp_path / "val/1.png")  # of no class
+    refused(read, [tmp_path], "val", 8)
     for k in range(120):  # split by a hash: some classes have no image for training
         picture(tmp_path / f"many/{k}/1.png")
     args = SimpleNamespace(training=True, splits=data.SPLITS, data=[str(tmp_path / "many")], stage="classify")

@@ -188,19 +188,19 @@ def test_zero_shot_the_class_is_that_of_the_nearest_captions(start, tmp_path, ca
     for name, colors in (("n1", ("red", "blue")), ("n2", ("green", "white", "black"))):
         for color in colors:
             picture(tmp_path / f"test/{name}/{color}.png", color)
-    (tmp_path / "train").mkdir()
-    write_lines(tmp_path / "names.txt", "n1 red circle, scarlet", "n2 blue star")
+    names = {"n1": "red circle", "n2": "blue star", "n3": "green ring"}  # the split has none of the third
+    write_lines(tmp_path / "names.txt", "n1 red circle, scarlet", "n2 blue star", "n3 green ring")
     model, words, config = checkpoint.load_model(start)
     right = 0
     with torch.no_grad():
         means = []
-        for name in ("red circle", "blue star"):
+        for name in names.values():
             ids, mask = words.encode_all([f"a {name}", f"a small {name} above"])
             means.append(model.embed_text(ids, mask).mean(0))
         for path in sorted((tmp_path / "test").rglob("*.png")):
             vector = model.embed_image(images.read_images([path], config.image_size))[0]
             cosines = [vector @ mean / mean.norm() for mean in means]
-            right += ("n2" if cosines[1] > cosines[0] else "n1") == path.parent.name
+            right += list(names)[cosines.index(max(cosines))] == path.parent.name
     ask = ["--task", "classify", "--zero-shot", "--checkpoint", start, "--data", tmp_path]
     ask += ["--class-names", tmp_path / "names.txt", "--templates", "a {}", "a small {} above"]
     call("evaluate", *ask)
@@ -223,6 +223,7 @@ evaluate --checkpoint image/last.pt | evaluate --checkpoint vl/last.pt --task vq
 evaluate --checkpoint vl/last.pt --rerank -1 | evaluate --task vqa --predictions absent/x.json
 evaluate --checkpoint vl/last.pt --predictions x.json | evaluate --task probe --zero-shot --checkpoint vl/last.pt
 evaluate --task classify --zero-shot --checkpoint image/last.pt
+evaluate --task classify --checkpoint vl/last.pt --vocab absent.txt
 """
 
 
