@@ -29,7 +29,6 @@ import drawing
 import runtime
 import shapes
 import vqa
-from log import read_metrics
 from retrieval import retrieval
 from runtime import UserError, at_least
 
@@ -271,9 +270,8 @@ def folder(name, seed, args):
 
 
 def entries(out):
-    """The lines of a run's metrics.jsonl."""
-    path = out / "metrics.jsonl"
-    return [entry for _, entry in read_metrics(path)] if path.exists() else []
+    """The lines of a run's metrics.jsonl, if it has begun."""
+    return drawing.entries(out) if (out / "metrics.jsonl").exists() else []
 
 
 def result(out):
