@@ -172,6 +172,7 @@ def test_vqa_from_its_files_to_a_submission(start, tmp_path):
     call("finetune", *run, "--out", tmp_path / "out")
     found = checkpoint.read(tmp_path / "out/last.pt")
     assert found.extra["choices"] == ["2"] and found.args["steps"] == 2
+    assert "itm_head.weight" not in found.tensors  # the pooler that it reads is a new one
     assert metrics(tmp_path / "out")[-1]["number"] == 100  # there is only one answer
     ask = ["--task", "vqa", "--checkpoint", tmp_path / "out/last.pt", "--data", folder]
     path = tmp_path / "test.json"

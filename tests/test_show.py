@@ -131,6 +131,8 @@ def test_known_right_pictures_are_framed(trained, own, capsys):
     assert out.count("(right)") == 1 and "known/2.png  (right)" in out
     with Image.open("search.png") as picture:
         assert drawing.GREEN in [color for _, color in picture.getcolors(2**20)]
+    write_lines(own / "known/test.jsonl", {"image": "0.png", "captions": ["word " * 500]})
+    run(trained, command)  # only typed texts must be read whole
 
 
 def test_probabilities_are_those_of_the_heads(trained, own, capsys):
