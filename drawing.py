@@ -187,7 +187,7 @@ def steps(low, high, count):
 
 
 def powers(low, high):
-    """1, 2, 5 times powers of ten from low to high, or the powers alone, or each third: ten at most."""
+    """1, 2, 5 times powers of ten from low to high, the powers alone, or every third of them: ten at most."""
     for factors, exponents in (((1, 2, 5), range(-12, 13)), ((1,), range(-12, 13)), ((1,), range(-12, 13, 3))):
         found = [f * 10.0**n for n in exponents for f in factors if low <= f * 10.0**n <= high]
         if len(found) <= 10:

@@ -296,7 +296,7 @@ def has_split_folders(folder):
     """Whether a folder has a folder per split: two of `train`, `val` and `test`, or one and no other folder."""
     folders = next(os.walk(folder), ("", [], []))[1]
     splits = [name for name in folders if name in SPLITS]
-    return len(splits) > 1 or splits == folders != []
+    return len(splits) > 1 or len(splits) == len(folders) == 1
 
 
 def image_files(folder, split):

@@ -291,9 +291,9 @@ def test_an_unreadable_image_is_named_once_and_the_next_replaces_it(words, capsy
         assert sample["unreadable"] == 2 and (sample["image"] == 0).all()
         assert torch.equal(sample["text"], words.encode("picture 0")[0])
     assert capsys.readouterr().err.count("cannot be read") == 2
-    source = Pictures(3, broken=[0])
-    source.target = lambda picture: torch.tensor(int(picture.item[-1]))
-    assert data.Examples(source, None, source.target, 8, options())[0, 0]["target"] == 1  # of what replaces it
+    target = lambda picture: torch.tensor(int(picture.item[-1]))
+    sample = data.Examples(Pictures(3, broken=[0]), None, target, 8, options())[0, 0]
+    assert sample["target"] == 1  # of what replaces it
     gone = data.Images(Pictures(3, broken=range(3)), 8, options())  # a disk that is gone
     assert gone[0, 0]["unreadable"] == data.IN_A_ROW
     assert collate([pairs[0, 0], gone[0, 0]])["unreadable"].tolist() == [data.IN_A_ROW]  # also among others
