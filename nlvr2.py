@@ -41,8 +41,7 @@ class NLVR2(Task):
         self.sources = read_splits(args.splits, lambda split: read(args.data, split, config.image_size))
         self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer
-        fresh = ["pooler", "itm_head"] if not self.trained and args.fresh_pooler else []
-        self.model, self.origin = checkpoint.begin(config, start, args.seed, fresh)
+        self.model, self.origin = checkpoint.begin(config, start, args.seed, self.fresh(args))
         if not self.trained:  # the second image's type starts from the first's, as released
             self.model.types.data[2] = self.model.types.data[1]
         self.set_head(classifier(config, 2 * config.dim, 2))

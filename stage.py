@@ -161,6 +161,11 @@ class Task(Stage):
     def note(self, args, run):
         return "" if self.trained else ", with a new head"
 
+    def fresh(self, args):
+        """What does not come from a checkpoint: with --fresh-pooler, and a new head, the pooler, and the
+        matching head, which reads it."""
+        return ["pooler", "itm_head"] if not self.trained and args.fresh_pooler else []
+
     def set_head(self, head):
         """Sets the head, with the weights of a checkpoint of this task."""
         self.head = head

@@ -50,8 +50,7 @@ class VQA(Task):
         self.words, config = texts.vocabulary(args, config, start, run, self.corpus)
         self.tokenizer = self.words.tokenizer
         self.set_choices(answers_to_learn(args, self.sources) if args.training else None)
-        fresh = ["pooler", "itm_head"] if not self.trained and args.fresh_pooler else []
-        self.model, self.origin = checkpoint.begin(config, start, args.seed, fresh)
+        self.model, self.origin = checkpoint.begin(config, start, args.seed, self.fresh(args))
         self.numbers = {answer: k for k, answer in enumerate(self.choices)}
         self.set_head(classifier(config, config.dim, len(self.choices)))
         if args.training:
