@@ -199,19 +199,15 @@ IMPATIENT = 5  # seconds after which a second signal is the user's; torchrun for
 
 class Signals:
     """SIGTERM and SIGINT ask a run to end: after the same step on all processes, with a checkpoint. A
-    second signal after IMPATIENT seconds, or half a minute in which the step has not ended, ends it at
-    once. in_step: whether a step is being computed; what comes between steps, such as a measurement,
-    may take its time."""
+    second signal after IMPATIENT seconds ends it at once."""
 
     def __init__(self, run):
-        self.run, self.caught, self.agreed, self.pending, self.in_step = run, 0, 0, None, False
+        self.run, self.caught, self.agreed, self.pending = run, 0, 0, None
         self.group = dist.new_group(backend="gloo") if run.world > 1 else None
-        handlers = {signal.SIGTERM: self.catch, signal.SIGINT: self.catch, signal.SIGALRM: self.give_up}
-        self.before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def close(self):
         """From here on signals do again what they did before."""
-        signal.alarm(0)
         for number, handler in self.before.items():
             signal.signal(number, handler)
         if self.pending:
@@ -226,20 +222,12 @@ class Signals:
     def catch(self, number, frame):
         if not self.caught:
             self.caught, self.since = number, time.monotonic()
-            if self.in_step:
-                signal.alarm(30)
         elif time.monotonic() - self.since > IMPATIENT:
             os._exit(128 + number)
-
-    def give_up(self, number, frame):
-        print("the step did not end in 30 s: --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
-        os._exit(128 + self.caught)
 
     def asked(self):
         """The number of the signal, or 0: the same on all processes. They agree on it in the
         background, one step later than it came, so that no step waits."""
-        self.in_step = False
-        signal.alarm(0)
         if self.pending:
             number, work = self.pending
             work.wait()

@@ -194,7 +194,7 @@ def train(stage, args, run, start=None):
         lr = runtime.learning_rate(step, args.steps, args.warmup, args.lr, stage.decay)
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * lr
-        stage.run_seed, stage.step, signals.in_step = args.seed, step, True
+        stage.run_seed, stage.step = args.seed, step
 
         # Forward and backward, part by part; DDP sends gradients in the last one only
         with run.autocast():

@@ -201,24 +201,16 @@ def test_no_signal_to_all_processes_ends_a_loader_before_the_run():
     assert os.getpgrp() not in list(loader)
 
 
-def test_half_a_minute_is_given_to_a_step_and_not_to_what_comes_after(monkeypatch):
-    alarms = []
-    monkeypatch.setattr(runtime.signal, "alarm", alarms.append)
+def test_a_second_signal_ends_a_run_at_once_unless_torchrun_has_sent_it(monkeypatch):
+    ends = []
+    monkeypatch.setattr(runtime.os, "_exit", ends.append)
     signals = runtime.Signals(runtime.Runtime())
     try:
-        signals.in_step = True
-        signals.catch(15, None)
-        assert alarms == [30] and signals.asked() == 15 and alarms == [30, 0]
-        signals.caught = 0
-        signals.catch(2, None)
-        assert alarms == [30, 0]
-
-        # The second signal
-        monkeypatch.setattr(runtime.os, "_exit", alarms.append)
-        signals.catch(15, None)  # of torchrun, which has got the same
-        assert alarms == [30, 0]
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # from torchrun, which has got the first
+        assert signals.asked() == signal.SIGINT and not ends
         signals.since -= runtime.IMPATIENT
-        signals.catch(15, None)
-        assert alarms == [30, 0, 128 + 15]
+        signal.raise_signal(signal.SIGINT)
+        assert ends == [130]
     finally:
         signals.close()
