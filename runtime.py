@@ -108,7 +108,6 @@ def run(main):
 # ---- Processes and precision ---------------------------------------------------------------------
 
 
-TO_MEET = datetime.timedelta(minutes=10)  # for all processes to start
 WHILE_READING = datetime.timedelta(hours=4)  # the others wait while one process reads a whole corpus
 
 
@@ -132,14 +131,8 @@ class Runtime:
             self.device = torch.device("cpu")
             keep_memory()
         if self.world > 1:
-            try:  # to meet
-                store, _, _ = next(dist.rendezvous("env://", timeout=TO_MEET))
-            except (dist.DistError, ValueError) as error:  # ValueError: no address or port
-                advice = "start all of them, best with torchrun"
-                raise UserError(f"{self.world} processes did not meet ({first_line(error)}): {advice}") from None
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            places = dict(store=store, rank=self.rank, world_size=self.world)
-            dist.init_process_group(backend, timeout=WHILE_READING, **places)
+            dist.init_process_group(backend, timeout=WHILE_READING)
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.autocast = functools.partial(torch.autocast, self.device.type, self.dtype, enabled=self.dtype is not None)
 

@@ -1,6 +1,5 @@
 """Optimizer groups, schedule, seeds, files, the log."""
 
-import datetime
 import os
 import signal
 import sys
@@ -62,16 +61,6 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", full)
     refused(runtime.write, path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def meet_alone():
-    runtime.TO_MEET = datetime.timedelta(seconds=1)
-    os.environ["WORLD_SIZE"] = "2"
-    refused(runtime.Runtime)
-
-
-def test_a_process_that_waits_in_vain_for_another_gives_up(processes):
-    processes(1, meet_alone, group=False)
 
 
 def log_in(folder, done=0, amp="off"):
