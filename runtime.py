@@ -9,13 +9,11 @@ import functools
 import gc
 import math
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
-import uuid
 from pathlib import Path
 
 import torch
@@ -339,38 +337,31 @@ def once_per_node(fill, read):
     """read(folder) on every process, of a temporary folder that fill(folder) has filled once per
     node. The files in it are unlinked once all processes have them open. An error of fill is a
     UserError on all of them. All processes must call this, in the same order."""
-    names, together = [f"vlmo-{uuid.uuid4().hex}"], dist.is_initialized()
-    if together:
-        dist.broadcast_object_list(names)
-    folder = Path(tempfile.gettempdir(), names[0])
-    fills = not together or int(os.environ.get("LOCAL_RANK", 0)) == 0
-    try:
-        error = fill_folder(fill, folder) if fills else None
-        errors = [error]
+    together = dist.is_initialized()
+    local = int(os.environ.get("LOCAL_RANK", 0)) if together else 0
+    with contextlib.ExitStack() as stack:
+        told = None  # of the first process of each node: its folder, or what went wrong
+        if local == 0:
+            try:
+                folder = tempfile.TemporaryDirectory(prefix="vlmo-", ignore_cleanup_errors=True)
+                told = stack.enter_context(folder)
+                fill(Path(told))
+            except OSError as error:
+                advice = "TMPDIR names another place for temporary files"
+                told = UserError(f"a temporary folder could not be filled ({error}): {advice}")
+            except UserError as error:
+                told = error
+        found = [told]
         if together:  # all wait here, until the folders are filled
-            errors = [None] * dist.get_world_size()
-            dist.all_gather_object(errors, error)
-        answer = None if any(errors) else read(folder)
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, told)
+        for error in found:
+            if isinstance(error, UserError):
+                raise error
+        answer = read(Path(found[dist.get_rank() - local if together else 0]))
         if together:
             dist.barrier()
-    finally:
-        if fills:
-            shutil.rmtree(folder, ignore_errors=True)
-    for error in filter(None, errors):
-        raise error
     return answer
-
-
-def fill_folder(fill, folder):
-    """Makes and fills a folder → None, or the UserError that ended it."""
-    try:
-        folder.mkdir()
-        fill(folder)
-    except OSError as error:
-        return UserError(f"{folder} could not be filled ({error}): TMPDIR names another place")
-    except UserError as error:
-        return error
-    return None
 
 
 def first_line(error):
