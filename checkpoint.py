@@ -113,7 +113,6 @@ class Checkpoint:
         factors = [group["factor"] for group in optimizer.param_groups]
         try:
             assert all(stage.origin.get(name, "taken") == "taken" for name in trainable(stage.model))
-            check_averages(self.optimizer, optimizer)
             optimizer.load_state_dict(self.optimizer)
             if self.scaler and scaler.is_enabled():
                 scaler.load_state_dict(self.scaler)
@@ -146,18 +145,6 @@ class Checkpoint:
     def release(self):
         """Forgets the tensors: the model has them, or copies of them."""
         self.tensors = self.head = self.extra = self.optimizer = None
-
-
-def check_averages(state, optimizer):
-    """AssertionError if averages have other shapes than parameters: fused AdamW does not look."""
-    saved = [number for group in state["param_groups"] for number in group["params"]]
-    own = [p for group in optimizer.param_groups for p in group["params"]]
-    assert len(saved) == len(own)
-    for number, p in zip(saved, own):
-        averages = state["state"].get(number)  # none before the first update
-        if averages is not None:
-            assert averages["step"].numel() == 1
-            assert averages["exp_avg"].shape == averages["exp_avg_sq"].shape == p.shape
 
 
 def refuse_damaged(path):
