@@ -222,22 +222,11 @@ def prepare(stage, args, run, resumed):
             out.resolve().rename(aside)
             run.print(f"{out} held a run: moved to {aside.name} next to it (--resume would have continued it)")
         out.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link
-        now = json.loads(json.dumps(settings(stage, args, run)))  # as it will be read
-        now["earlier"] = earlier_settings(out / "config.json", now) if resumed else []
-        runtime.write(out / "config.json", lambda file: file.write(json.dumps(now, indent=2).encode() + b"\n"))
+        written = json.dumps(settings(stage, args, run), indent=2) + "\n"
+        runtime.write(out / "config.json", lambda file: file.write(written.encode()))
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     return out
-
-
-def earlier_settings(path, now):
-    """The settings with which a run was trained before, in their order, from its config.json."""
-    try:
-        before = json.loads(path.read_text())
-        earlier = before.pop("earlier", [])
-    except (OSError, ValueError, AttributeError):
-        return []  # it only informs
-    return earlier if before == now else [*earlier, before]
 
 
 # ---- Beginning another model ---------------------------------------------------------------------
