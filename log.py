@@ -20,12 +20,13 @@ class Log:
     and over processes.
 
     Values stay on the device until a line is written. Resuming after step `done` drops later lines.
-    saved: the step of the last checkpoint; 0: there is none. applied: how many updates were made.
+    saved: the step of the last checkpoint; 0: there is none. in_a_row: how many updates fp16 has skipped
+    since the last that it made.
     """
 
     def __init__(self, out, args, run, stage, loader, done=0, record=-math.inf):
         self.run, self.stage, self.loader, self.args, self.record = run, stage, loader, args, record
-        self.out, self.saved, self.applied, self.in_a_row = out, done, done, 0
+        self.out, self.saved, self.in_a_row = out, done, 0
         self.bar = tqdm(total=args.steps, initial=done, disable=not run.main, unit="step", mininterval=1)
         self.file = None
         if run.main:
@@ -76,10 +77,9 @@ class Log:
         for name, value in [*values.items(), ("the norm of all parameters", size)]:
             if not math.isfinite(value):
                 raise UserError(f"{name} is {value} between steps {self.step + 1} and {step}: {self.advice()}")
-        self.applied += steps - skipped
         self.in_a_row = self.in_a_row + steps if skipped == steps else 0
-        if self.in_a_row >= 100 or (step == self.args.steps and self.applied == 0):
-            raise UserError(f"fp16 has skipped the last {self.in_a_row} updates, because gradients overflow: use --amp bf16")
+        if self.in_a_row >= 100:
+            raise UserError(f"fp16 has skipped {self.in_a_row} updates in a row: use --amp bf16")
         counts = {"skipped": skipped} if self.args.amp == "fp16" else {}
         rate = {f"{self.stage.unit}_per_s": steps * self.args.batch_size / (time.perf_counter() - self.clock)}
         rate["waited_s"] = round(waited, 3)  # for data, on average over processes
