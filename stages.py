@@ -56,8 +56,6 @@ class Image(Stage):
         # A checkpoint of this stage holds its own tokenizer of images, and a head for its codes
         path = args.dvae or "runs/dvae/last.pt"
         keeps = start and "dvae" in start.extra and (start.resumed or not args.dvae)
-        if keeps and start.resumed and args.dvae != start.args["dvae"]:
-            raise UserError(f"--dvae: {start.path} goes on with the one it was trained with")
         kept = start.extra["dvae"] if keeps else dvae.read(path)
         self.dvae = dvae.build(kept, start.path if keeps else path)
         if self.dvae.config.grid != self.side:

@@ -25,9 +25,10 @@ import runtime
 from dvae import DVAE
 from loader import Loader
 from log import Log
-from mome import CONFIGS, Config
+from mome import CONFIGS
 from momo_stages import MoMoAll, MoMoImage, MoMoText, MoMoVL
 from runtime import UserError, at_least
+from stage import FIELDS
 from stages import VL, Image, Text
 
 STAGES = {
@@ -55,8 +56,6 @@ def parse(stages, option, default, description):
     chosen, _ = first.parse_known_args()
     name = chosen.stage or default
     out = chosen.out or f"runs/{name}"
-    if Path(out).is_file():
-        raise UserError(f"--out {out} is a file")
     start, last = None, Path(out, "last.pt")
     if chosen.resume and last.exists():
         start = checkpoint.read(last, resumed=True)
@@ -92,9 +91,8 @@ def parse(stages, option, default, description):
     Stage.flags(parser, base)  # a flag of another stage is an "unrecognized argument"
     parser.set_defaults(**defaults)
     args = parser.parse_args()
-    fields = {field.name for field in dataclasses.fields(Config)}
+    changed = {name: value for name, value in vars(args).items() if name in FIELDS}
     try:
-        changed = {flag: value for flag, value in vars(args).items() if flag in fields}
         config = dataclasses.replace(base, **changed)
     except ValueError as error:
         raise UserError(str(error)) from None
