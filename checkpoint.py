@@ -61,7 +61,6 @@ def trainable(model):
 # rounding, drop-path, the draw of negatives, and the dVAE's draw of codes and use of its codebook)
 HARMLESS = {"out", "save_every", "log_every", "eval_every", "keep_previous", "workers", "compile", "recompute"}
 HARMLESS |= {"processes", "accumulate"}
-BESIDES_FLAGS = ("processes", "samples")  # settings that are no flags; samples: how many each data set has
 
 DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError)
 DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a file that is no checkpoint
@@ -70,7 +69,7 @@ DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a
 class Checkpoint:
     """A checkpoint in memory. UserError if the content is not one of this project and version.
 
-    stage: the stage or task that wrote it. step, args, besides: of its run. config: a Config, or of
+    stage: the stage or task that wrote it. step, args: of its run (settings). config: a Config, or of
     stage dvae the fields of its own. tensors, head: of the model and of what later stages leave
     behind. tokenizer: or None. extra: what the stage keeps besides, such as the answers of VQA.
     resumed: whether the run goes on, or another one begins from it.
@@ -82,7 +81,6 @@ class Checkpoint:
             self.stage, self.step, self.args = content["stage"], content["step"], content["args"]
             self.tensors, self.head, self.extra = content["model"], content["head"], content["extra"]
             self.config = content["config"] if self.stage == "dvae" else Config(**content["config"])
-            self.besides = {name: content[name] for name in BESIDES_FLAGS if name in content}
             self.record = content.get("record")
             self.optimizer, self.scaler = content.get("optimizer"), content.get("scaler")
             pieces = content["tokenizer"]
@@ -119,12 +117,11 @@ class Checkpoint:
             group["factor"] = factor
         if args.steps < self.step:
             raise UserError(f"{self.path} is at step {self.step}, beyond --steps {args.steps}")
-        now = settings(stage, args, run)
-        now, changed = now["args"] | {name: now[name] for name in BESIDES_FLAGS}, {}
-        for name, before in (self.args | self.besides).items():
-            if name in now and now[name] != before and name not in ("resume", "allow_changes"):
-                flag = name if name in BESIDES_FLAGS else f"--{name.replace('_', '-')}"
-                changed[name] = f"{flag} {before} → {now[name]}"
+        changed = {}
+        for name, now in settings(stage, args, run)["args"].items():
+            before = self.args.get(name, now)
+            if now != before and name not in ("resume", "allow_changes"):
+                changed[name] = f"{name} {before} → {now}"
         told = ", ".join(changed.values())
         # Local negatives are those of one process
         harmless = HARMLESS - {"processes"} if stage.negatives == "local" else HARMLESS
@@ -192,13 +189,13 @@ def save(path, stage, args, run, step, record, optimizer=None, scaler=None):
 
 
 def settings(stage, args, run):
-    """What a run is, for last.pt and config.json."""
+    """What a run is, for last.pt and config.json. Among its args are the number of processes, and how
+    many samples each data set has."""
     config = dataclasses.asdict(stage.model.config)
     given = vars(args)
     actual = {name: value for name, value in config.items() if name in given}  # vocab_size follows the data
-    counts = [len(data_set) for data_set in stage.samples]
-    found = {"stage": args.stage, "args": given | actual, "processes": run.world, "samples": counts}
-    return found | {"config": config}
+    counts = {"processes": run.world, "samples": [len(data_set) for data_set in stage.samples]}
+    return {"stage": args.stage, "args": given | actual | counts, "config": config}
 
 
 def learned(model, taken):
