@@ -193,8 +193,8 @@ def read(path):
     return {"config": found.config, "model": found.tensors}
 
 
-def build(kept, path):
+def build(kept):
     """The tokenizer of what read() returned, frozen."""
     tokenizer = Tokenizer(DVAEConfig(**kept["config"])).requires_grad_(False)
-    checkpoint.load_exactly(tokenizer, kept["model"], path)
+    tokenizer.load_state_dict(kept["model"])
     return tokenizer

@@ -169,7 +169,7 @@ def reconstructed(start, model, image, hidden, text=None, mask=None):
     (visual tokens, decoded), or MoMo (values of pixels; in stage momo-vl with the help of a text, text
     and mask (1, T))."""
     if "dvae" in start.extra:
-        tokenizer = dvae.build(start.extra["dvae"], start.path).to(image.device)
+        tokenizer = dvae.build(start.extra["dvae"]).to(image.device)
         head = MIMHead(model.config, tokenizer.config.codes).to(image.device)
         checkpoint.load_exactly(head, start.head, start.path)
         states = model.encode_image(image, masked=hidden, mask_embedding=head.mask_embedding)

@@ -54,10 +54,9 @@ class Image(Stage):
         self.tokenizer = start.tokenizer if start else None  # of an earlier stage with text
 
         # A checkpoint of this stage holds its own tokenizer of images, and a head for its codes
-        path = args.dvae or "runs/dvae/last.pt"
         keeps = start and "dvae" in start.extra and (start.resumed or not args.dvae)
-        kept = start.extra["dvae"] if keeps else dvae.read(path)
-        self.dvae = dvae.build(kept, start.path if keeps else path)
+        kept = start.extra["dvae"] if keeps else dvae.read(args.dvae or "runs/dvae/last.pt")
+        self.dvae = dvae.build(kept)
         if self.dvae.config.grid != self.side:
             sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
             found = f"{self.dvae.config.grid} codes a side, not {self.side}"
