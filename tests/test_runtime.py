@@ -5,6 +5,7 @@ import signal
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -132,31 +133,25 @@ def test_a_resumed_run_drops_later_lines_and_that_of_the_test_split(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error, says",
+    "error, status, says",
     [
-        (IsADirectoryError(21, "Is a directory", "a/folder"), "a/folder"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "--recompute"),
-        (MemoryError(), "--recompute"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 TB"), "--recompute"),
+        (IsADirectoryError(21, "Is a directory", "a/folder"), 2, "a/folder"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 2, "--recompute"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 TB"), 2, "--recompute"),
+        (runtime.Stopped(signal.SIGINT, "stopped after step 3"), 130, "stopped after step 3"),
     ],
 )
-def test_what_the_system_refuses_is_one_line_and_exit_status_2(error, says, monkeypatch, capsys):
-    def main():
-        raise error
-
+def test_what_ends_a_script_is_one_line_and_an_exit_status(error, status, says, monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit, match="2"):
-        runtime.run(main)
+    with pytest.raises(SystemExit, match=str(status)):
+        runtime.run(mock.Mock(side_effect=error))
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1
 
 
 def test_an_error_of_the_program_keeps_its_traceback():
-    def main():
-        raise RuntimeError("another")
-
     with pytest.raises(RuntimeError, match="another"):
-        runtime.run(main)
+        runtime.run(mock.Mock(side_effect=RuntimeError("another")))
 
 
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path):

@@ -71,7 +71,6 @@ def stage_of(kind, wanted, changes):
 @pytest.mark.parametrize(
     "kind, wanted, changes, frozen",
     [
-        (VL, "itc itm mlm", {}, "nothing"),
         (VL, "itc", {}, f"{FUSED}|{ITM}|{MLM}"),
         (VL, "itm", {}, f"{ALONE}|{ITC}|{MLM}"),
         (VL, "mlm", {}, f"{ALONE}|{ITC}|{ITM}"),
@@ -79,11 +78,8 @@ def stage_of(kind, wanted, changes):
         (VL, "itc itm mlm", RELATIVE, "nothing"),
         # The last block computes only the text of a pair: its vision modules have nothing to do
         (VL, "itm mlm", NO_FUSION | APART, f"{IDLE}|{ITC}"),
-        (VL, "itc itm mlm", NO_FUSION | APART, "nothing"),
-        (Image, "mim", RELATIVE, NOT_IMAGE),
-        (Image, "mim", APART, NOT_IMAGE),
-        (Text, "mlm", RELATIVE, f"{NOT_TEXT}|{NOT_EXPERTS}"),
-        (Text, "mlm", APART, f"{NOT_TEXT}|{NOT_EXPERTS}"),
+        (Image, "mim", RELATIVE | APART, NOT_IMAGE),
+        (Text, "mlm", RELATIVE | APART, f"{NOT_TEXT}|{NOT_EXPERTS}"),
         (VQA, "loss", NO_FUSION, f"{IDLE}|{ITC}|itm_head|{MLM}"),
         (NLVR2, "loss", {}, f"{ALONE}|{ITC}|itm_head|{MLM}"),
         (Classify, "loss", ONE_EXPERT, NOT_IMAGE),
