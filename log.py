@@ -26,7 +26,7 @@ class Log:
 
     def __init__(self, out, args, run, stage, loader, done=0, record=-math.inf):
         self.run, self.stage, self.loader, self.args, self.record = run, stage, loader, args, record
-        self.out, self.saved, self.in_a_row = out, done, 0
+        self.saved, self.in_a_row = done, 0
         self.bar = tqdm(total=args.steps, initial=done, disable=not run.main, unit="step", mininterval=1)
         self.file = None
         if run.main:
@@ -76,7 +76,8 @@ class Log:
             values["gradient norm"] *= steps / max(steps - skipped, 1)
         for name, value in [*values.items(), ("the norm of all parameters", size)]:
             if not math.isfinite(value):
-                raise UserError(f"{name} is {value} between steps {self.step + 1} and {step}: {self.advice()}")
+                advice = f"try a lower --lr (the last checkpoint is of step {self.saved})"
+                raise UserError(f"{name} is {value} between steps {self.step + 1} and {step}: {advice}")
         self.in_a_row = self.in_a_row + steps if skipped == steps else 0
         if self.in_a_row >= 100:
             raise UserError(f"fp16 has skipped {self.in_a_row} updates in a row: use --amp bf16")
@@ -87,12 +88,6 @@ class Log:
         shown = [*self.stage.loss_weights, "gradient norm"]
         self.bar.set_postfix({name: f"{values[name]:.2f}" for name in shown if name in values}, refresh=False)
         self.restart(step)
-
-    def advice(self):
-        if self.saved:
-            last = Path(self.out, "last.pt")
-            return f"{last} is of step {self.saved}, from before; --resume --allow-changes with a lower --lr"
-        return "there is no checkpoint yet; try a lower --lr"
 
     def measure(self, split, step):
         """Measures a split and writes a line. → whether it is the best so far, by stage.best."""

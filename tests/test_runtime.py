@@ -106,7 +106,7 @@ def test_what_is_not_finite_ends_the_run_and_a_skipped_fp16_step_does_not(tmp_pa
     log = log_in(tmp_path, done=20)
     log.stage.register_parameter("weight", nn.Parameter(torch.tensor([1.0, torch.nan])))
     log.add({"itc": torch.tensor(1.0)})
-    refused(log.write, 21, lr=0.1, says="last.pt is of step 20")
+    refused(log.write, 21, lr=0.1, says="of step 20")
     log = log_in(tmp_path, amp="fp16")
     for norm in (3.0, torch.inf, 5.0):
         log.end_step(torch.tensor(norm))
