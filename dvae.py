@@ -173,8 +173,6 @@ class DVAE(Stage):
     @torch.no_grad()
     def draw(self, device):
         """Images, above their reconstructions from codes only."""
-        if not self.measured():
-            return {}
         source = self.sources[self.measured()[-1]]
         [image] = data.pictures(source, [range(min(8, len(source)))], self.image_size, device)
         pixels = self.model.pixels(image)

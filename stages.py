@@ -366,9 +366,5 @@ class VL(Stage):
 
     def draw(self, device):
         """The best pictures for some captions."""
-        splits = self.measured()
-        if not splits:
-            return {}
-        return {"retrieval.png": retrieval_sheet(self.model, self.sources[splits[-1]], self.words, device)}
-
-
+        source = self.sources[self.measured()[-1]]
+        return {"retrieval.png": retrieval_sheet(self.model, source, self.words, device)}

@@ -241,7 +241,7 @@ def finish(stage, out, args, run, log):
     if "test" in stage.measured():
         log.measure("test", args.steps)
     log.close()
-    pictures = stage.draw(run.device)
+    pictures = stage.draw(run.device) if stage.measured() else {}
     if run.main:
         if chart := drawing.curves({str(out): [out]}):
             pictures["curve.png"] = chart
