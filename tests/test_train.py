@@ -233,9 +233,8 @@ REFUSED = """
 --init vl/last.pt --dim 64 | --init vl/last.pt --config base | --init vl/last.pt --vocab-size 9
 --init vl/last.pt --vocab vocab.txt | --stage text --out vl --resume | --out vl --resume --steps 1
 --out vl --resume --mlm-weight 0 | --out image --resume --dvae other.pt
---stage momo-text --texts absent.txt | --stage momo-text --no-simultaneous --texts absent.txt
---stage momo-text --no-simultaneous --no-cmga | --stage momo-text --no-simultaneous --data vl
---stage momo-vl --no-simultaneous --texts vl | --stage momo-text --max-text-len 2
+--stage momo-text --texts absent.txt | --stage momo-text --no-simultaneous --no-cmga
+--stage momo-text --no-simultaneous --data vl | --stage momo-vl --no-simultaneous --texts vl
 --stage momo-image --init vl/last.pt | --stage momo-all --no-simultaneous | --stage momo-all --images vl
 """
 
