@@ -172,11 +172,14 @@ def save(path, stage, args, run, step, record, optimizer=None, scaler=None):
     """Writes a checkpoint, on process 0: settings, what was learned, what a resumed run needs."""
     if not run.main:
         return
-    taken = [name for name, how in stage.origin.items() if how in ("taken", "resampled")]
+    # Groups that train, that were learned before, and that every file has
+    kept = set(groups(stage.model.state_dict())) - OPTIONAL
+    kept.update(trainable(stage.model))
+    kept.update(name for name, how in stage.origin.items() if how in ("taken", "resampled"))
     content = settings(stage, args, run) | {
         "step": step,
         "record": record,
-        "model": learned(stage.model, taken),
+        "model": {name: t for name, t in stage.model.state_dict().items() if group(name) in kept},
         "head": stage.head.state_dict(),
         "tokenizer": stage.tokenizer.to_str() if stage.tokenizer else None,
         "extra": stage.extra,
@@ -196,12 +199,6 @@ def settings(stage, args, run):
     actual = {name: value for name, value in config.items() if name in given}  # vocab_size follows the data
     counts = {"processes": run.world, "samples": [len(data_set) for data_set in stage.samples]}
     return {"stage": args.stage, "args": given | actual | counts, "config": config}
-
-
-def learned(model, taken):
-    """What to save of the state dict: groups in `taken`, those that train, and what every file has."""
-    kept = {*taken, *trainable(model)}
-    return {name: t for name, t in model.state_dict().items() if group(name) in kept or group(name) not in OPTIONAL}
 
 
 def prepare(stage, args, run, resumed):

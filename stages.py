@@ -92,7 +92,7 @@ class Image(Stage):
         patch."""
         self.eval()
         source = self.sources[split]
-        found = torch.zeros(4, dtype=torch.float64, device=device)  # masked, right, nearest, loss
+        found = torch.zeros(3, dtype=torch.float64, device=device)  # right, nearest, loss
         used = torch.zeros(self.dvae.config.codes, dtype=torch.float64, device=device)
         shares = data.sample_batches(len(source))
         views = data.pictures(source, shares, self.model.config.image_size, device)
@@ -103,12 +103,12 @@ class Image(Stage):
             logits, codes = self.predict(batch)
             hidden = batch["hidden"]  # (n, N)
             labels, nearest = codes[hidden], nearest_visible(codes, hidden)[hidden]  # (M,)
-            right = (logits.argmax(1) == labels).sum()
+            right, near = (logits.argmax(1) == labels).sum(), (nearest == labels).sum()
             loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            count, near = right.new_tensor(len(labels)), (nearest == labels).sum()
-            found += torch.stack([count, right, near, loss])
+            found += torch.stack([right, near, loss])
             used += torch.bincount(labels, minlength=len(used))
-        masked, right, nearest, loss, *used = losses.over_processes(torch.cat([found, used]))
+        right, nearest, loss, *used = losses.over_processes(torch.cat([found, used]))
+        masked = sum(used)
         return {
             "accuracy": percent(right, masked),
             "perplexity": perplexity(loss, masked),
