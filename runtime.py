@@ -193,22 +193,14 @@ class Signals:
     second signal after IMPATIENT seconds ends it at once."""
 
     def __init__(self, run):
-        self.run, self.caught, self.agreed, self.pending = run, 0, 0, None
-        self.group = dist.new_group(backend="gloo") if run.world > 1 else None
+        self.caught = 0
+        self.group = dist.new_group(backend="gloo") if run.world > 1 else None  # of hosts, not devices
         self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def close(self):
         """From here on signals do again what they did before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        if self.pending:
-            self.pending[1].wait()
-
-    def end(self, step, out):
-        """Ends a run that was asked to, once process 0 has saved."""
-        self.run.meet()
-        self.close()
-        raise Stopped(self.agreed, f"stopped after step {step}: --resume --out {out} goes on")
 
     def catch(self, number, frame):
         if not self.caught:
@@ -217,18 +209,11 @@ class Signals:
             os._exit(128 + number)
 
     def asked(self):
-        """The number of the signal, or 0: the same on all processes. They agree on it in the
-        background, one step later than it came, so that no step waits."""
-        if self.pending:
-            number, work = self.pending
-            work.wait()
-            self.agreed = int(number)
+        """The number of the signal, or 0: the same on all processes."""
+        number = torch.tensor(self.caught)
         if self.group:
-            number = torch.tensor(self.caught)
-            self.pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        else:
-            self.agreed = self.caught
-        return self.agreed
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        return int(number)
 
 
 def workers(device, count=None, loaders=1):

@@ -227,7 +227,9 @@ def train(stage, args, run, start=None):
             checkpoint.save(out / "last.pt", stage, args, run, step, log.record, optimizer, scaler)
             log.saved = step
         if stop and not last:
-            signals.end(step, out)
+            run.meet()  # process 0 has saved
+            signals.close()
+            raise runtime.Stopped(stop, f"stopped after step {step}: --resume --out {out} goes on")
 
     signals.close()
     finish(stage, out, args, run, log)
