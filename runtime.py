@@ -145,26 +145,9 @@ class Runtime:
         model.broadcast_buffers = False  # they never change (new versions have another name for the argument)
         return model
 
-    def refuse_different(self, number, advice):
-        """UserError if a number is not the same on all processes."""
-        found = [number] * self.world
-        if self.world > 1:
-            dist.all_gather_object(found, number)
-        if len(set(found)) > 1:
-            raise UserError(advice)
-
     def from_main(self, answer):
         """Process 0's answer(), or its UserError, on all processes; the others do not call it."""
-        found = [None]
-        try:
-            found = [answer()] if self.main else found
-        except UserError as error:
-            found = [error]
-        if self.world > 1:
-            dist.broadcast_object_list(found, device=self.device)
-        if isinstance(found[0], UserError):
-            raise found[0]
-        return found[0]
+        return everyone(lambda: answer() if self.main else None)[0]
 
     def meet(self):
         """Waits for all processes."""
@@ -174,6 +157,23 @@ class Runtime:
     def print(self, *words):
         if self.main:
             print(*words, flush=True)
+
+
+def everyone(answer):
+    """[answer() of each process], on all of them, or the UserError of one. All processes must call this,
+    in the same order."""
+    try:
+        mine = answer()
+    except UserError as error:
+        mine = error
+    found = [mine]
+    if dist.is_initialized():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    for each in found:
+        if isinstance(each, UserError):
+            raise each
+    return found
 
 
 def keep_memory():
@@ -325,28 +325,24 @@ def once_per_node(fill, read):
     together = dist.is_initialized()
     local = int(os.environ.get("LOCAL_RANK", 0)) if together else 0
     with contextlib.ExitStack() as stack:
-        told = None  # of the first process of each node: its folder, or what went wrong
-        if local == 0:
-            try:
-                folder = tempfile.TemporaryDirectory(prefix="vlmo-", ignore_cleanup_errors=True)
-                told = stack.enter_context(folder)
-                fill(Path(told))
-            except OSError as error:
-                advice = "TMPDIR names another place for temporary files"
-                told = UserError(f"a temporary folder could not be filled ({error}): {advice}")
-            except UserError as error:
-                told = error
-        found = [told]
-        if together:  # all wait here, until the folders are filled
-            found = [None] * dist.get_world_size()
-            dist.all_gather_object(found, told)
-        for error in found:
-            if isinstance(error, UserError):
-                raise error
-        answer = read(Path(found[dist.get_rank() - local if together else 0]))
+        folders = everyone(lambda: None if local else filled_folder(fill, stack))
+        first = dist.get_rank() - local if together else 0  # the process of this node that filled one
+        answer = read(Path(folders[first]))
         if together:
             dist.barrier()
     return answer
+
+
+def filled_folder(fill, stack):
+    """Makes and fills a temporary folder, which goes with the ExitStack → its path."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="vlmo-", ignore_cleanup_errors=True)
+        path = stack.enter_context(folder)
+        fill(Path(path))
+    except OSError as error:
+        advice = "TMPDIR names another place"
+        raise UserError(f"a temporary folder could not be filled ({error}): {advice}") from None
+    return path
 
 
 def first_line(error):

@@ -257,7 +257,8 @@ def start_runtime(args, start):
     """→ the Runtime. UserError, before any work, if the processes go on from different steps."""
     run, done = runtime.Runtime(args.amp), start.step if start and start.resumed else 0
     last = Path(args.out, "last.pt")
-    run.refuse_different(done, f"--resume: {last} is not the same on all nodes: put --out where all of them find it")
+    if len(set(runtime.everyone(lambda: done))) > 1:
+        raise UserError(f"--resume: {last} is not the same on all nodes: put --out where all find it")
     return run
 
 
