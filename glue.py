@@ -249,7 +249,7 @@ class Sentences(Dataset):
         record = self.source[key[1]]
         text, mask = self.words.encode(*record.texts)
         target = self.target(record)
-        return {"text": text, "mask": mask, "target": target, "unreadable": torch.tensor(0)}
+        return {"text": text, "mask": mask, "target": target}
 
 
 class WorldEntailment(shapes.World):

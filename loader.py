@@ -47,15 +47,16 @@ class Loader:
         for loader in self.loaders:
             batches = [next(loader) for _ in range(self.parts)]
             for batch in batches:
-                self.count(batch.pop("unreadable"), "image" in batch)
+                if "unreadable" in batch:
+                    self.count(batch.pop("unreadable"))
             columns.append([to_device(batch, self.device) for batch in with_counts(batches)])
         self.waited += time.perf_counter() - began
         return list(zip(*columns))
 
-    def count(self, unreadable, images=True):
+    def count(self, unreadable):
         """unreadable (b,): how many images in a row could not be read before each sample's, which
-        replaces them. images: False for texts."""
-        self.read += len(unreadable) * images
+        replaces them."""
+        self.read += len(unreadable)
         self.unreadable += int((unreadable > 0).sum())
         if unreadable.max() >= IN_A_ROW:
             raise UserError(f"{IN_A_ROW} images in a row could not be read: is their disk still there?")

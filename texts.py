@@ -218,7 +218,7 @@ class Texts(Dataset):
         room = self.words.length - 2
         text, mask = self.words.frame(self.tokens[index * room : (index + 1) * room].tolist())
         masked, labels = self.words.mask_words(text, random.Random(f"{self.seed} {epoch} {index}"))
-        return {"masked": masked, "labels": labels, "mask": mask, "unreadable": torch.tensor(0)}
+        return {"masked": masked, "labels": labels, "mask": mask}
 
 
 def token_type(words):
