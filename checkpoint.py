@@ -115,8 +115,6 @@ class Checkpoint:
             raise UserError(f"{self.path} holds no run that can be continued like this: {advice}") from None
         for group, factor in zip(optimizer.param_groups, factors):
             group["factor"] = factor
-        if args.steps < self.step:
-            raise UserError(f"{self.path} is at step {self.step}, beyond --steps {args.steps}")
         changed = {}
         for name, now in settings(stage, args, run)["args"].items():
             before = self.args.get(name, now)
@@ -209,17 +207,14 @@ def prepare(stage, args, run, resumed):
     out = Path(args.out)
     if not run.main:
         return out
-    try:
-        if not resumed and (out / "last.pt").exists():
-            names = (Path(f"{out.resolve()}.{n}") for n in itertools.count(1))
-            aside = next(path for path in names if not path.exists())
-            out.resolve().rename(aside)
-            run.print(f"{out} held a run: moved to {aside.name} next to it (--resume would have continued it)")
-        out.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link
-        written = json.dumps(settings(stage, args, run), indent=2) + "\n"
-        runtime.write(out / "config.json", lambda file: file.write(written.encode()))
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
+    if not resumed and (out / "last.pt").exists():
+        names = (Path(f"{out.resolve()}.{n}") for n in itertools.count(1))
+        aside = next(path for path in names if not path.exists())
+        out.resolve().rename(aside)
+        run.print(f"{out} held a run: moved to {aside.name} next to it (--resume would have continued it)")
+    out.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link
+    written = json.dumps(settings(stage, args, run), indent=2) + "\n"
+    runtime.write(out / "config.json", lambda file: file.write(written.encode()))
     return out
 
 

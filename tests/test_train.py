@@ -254,7 +254,8 @@ def filled(stages, tmp_path_factory):
 @pytest.mark.parametrize("flags", commands(REFUSED))
 def test_what_does_not_fit_is_refused_before_anything_is_written(flags, filled, monkeypatch):
     monkeypatch.chdir(filled)
-    refused(call, "train", *SIZE[-4:], *BRIEF, "--out", "new", *flags.split())
+    run = [*SIZE[-4:], *BRIEF, "--out", "new", *flags.split()]
+    refused(call, "train", *run, error=(runtime.UserError, OSError))
     assert not Path("new").exists()
 
 
