@@ -84,7 +84,7 @@ def parse(stages, option, default, description):
     if start and start.stage == name:
         defaults["max_text_len"] = base.max_text_len  # a checkpoint of this stage keeps its own
     if start and start.resumed:
-        defaults |= start.args | {"out": out, "resume": True, "allow_changes": False}  # allowed once
+        defaults |= start.args | {"out": out, "allow_changes": False}  # allowed once
 
     parser = runtime.Parser(parents=[first], description=description)
     run_flags(parser, tuned=option == "--task")
