@@ -19,6 +19,7 @@ from images import mask_blocks, to_tensor
 from loader import with_counts
 from mome import MIMHead
 from relative import scores_of
+from textbook import attention
 from texts import IGNORE
 
 # ---- Where words look ----------------------------------------------------------------------------
@@ -26,22 +27,16 @@ from texts import IGNORE
 
 @contextlib.contextmanager
 def attention_of(model):
-    """Inside, each forward pass fills a list with the attention probabilities of its layers,
+    """Inside, each forward pass over pairs fills a list with the attention probabilities of its layers,
     (B, H, S, S) each, which the fused kernel of Attention.forward keeps to itself."""
     caught = []
 
-    def written_out(attention, inputs, output):
-        x, kind, T, mask, positions, _ = inputs
-        routers = attention.query, attention.key, attention.value
-        q, k, v = (router(x, kind, T).unflatten(-1, (attention.heads, -1)) for router in routers)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, S, D/H)
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, S, S)
-        if positions is not None:
-            scores = scores + scores_of(*positions)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        caught.append(scores.softmax(-1))
-        return attention.out((caught[-1] @ v).transpose(1, 2).flatten(2), kind, T)
+    def written_out(layer, inputs, output):
+        x, kind, T, keys, positions, _ = inputs
+        bias = 0.0 if positions is None else scores_of(*positions)
+        output, probabilities = attention(layer, x, kind, T, keys, bias)
+        caught.append(probabilities)
+        return output
 
     handles = [block.attention.register_forward_hook(written_out) for block in model.blocks]
     try:

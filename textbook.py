@@ -71,11 +71,11 @@ class Textbook(Stage):
         """Embedded rows x (b, S, D), the first T of them text, through all layers and the norm."""
         keys = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)  # (b, S), True = read
         keys[:, :T] = mask
-        bias = [0.0] * len(self.model.blocks)
+        keys, bias = keys[:, None, None], [0.0] * len(self.model.blocks)
         if self.model.config.position == "relative":
             bias = [scores_of(*positions) for positions in self.model.positions(kind, T)]  # (H, S, S) each
         for block, layer_bias in zip(self.model.blocks, bias):
-            y = attention(block.attention, block.norm(x), kind, T, keys, layer_bias)
+            y, _ = attention(block.attention, block.norm(x), kind, T, keys, layer_bias)
             x = x + block.attention_branch(y)
             experts = {name: partial(feed_forward, block.experts[name]) for name in block.experts}
             x = x + block.expert_branch(Router.forward(experts, x, kind, T))
@@ -83,13 +83,14 @@ class Textbook(Stage):
 
 
 def attention(layer, x, kind, T, keys, bias):
-    """softmax(q·k/√(D/H) + bias)·v, as it is written."""
+    """P·v with the probabilities P = softmax(q·k/√(D/H) + bias), as it is written → (b, S, D), and P (b,
+    H, S, S). layer: an Attention. keys (b, 1, 1, S), True = may be read."""
     q, k, v = (router(x, kind, T) for router in (layer.query, layer.key, layer.value))  # (b, S, D)
     q, k, v = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for y in (q, k, v))
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (b, H, S, S)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias
-    scores = scores.masked_fill(~keys[:, None, None], -math.inf).softmax(-1).to(v.dtype)
-    return layer.out((scores @ v).transpose(1, 2).flatten(2), kind, T)
+    probabilities = scores.masked_fill(~keys, -math.inf).softmax(-1).to(v.dtype)
+    return layer.out((probabilities @ v).transpose(1, 2).flatten(2), kind, T), probabilities
 
 
 def feed_forward(expert, x):
