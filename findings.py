@@ -13,9 +13,9 @@ each table, TABLE.md, TABLE-curves.png, and TABLE-answers.png if its rows answer
 import itertools
 import json
 import os
+import re
 import signal
 import statistics
-import string
 import subprocess
 import sys
 import time
@@ -110,14 +110,8 @@ TABLES = {
             "image-vl": "VLMo",
         },
         VLMO,
-        [
-            ("itc-mlm", "itc", PAPER),
-            ("itc-itm", "itc", PAPER),
-            ("image-vl", "itc-mlm", PAPER),
-            ("image-vl", "itc-itm", PAPER),
-            ("image-vl", "standard", PAPER),
-            ("image-vl", "no-vl-experts", PAPER),
-        ],
+        [("itc-mlm", "itc", PAPER), ("itc-itm", "itc", PAPER)]
+        + [("image-vl", row, PAPER) for row in ("itc-mlm", "itc-itm", "standard", "no-vl-experts")],
     ),
     "table6": Table(
         "VLMo, Table 6: where hard negatives come from",
@@ -164,7 +158,7 @@ def command(name):
 
 def needs(name):
     """The runs whose checkpoints a run takes."""
-    return [field for _, field, _, _ in string.Formatter().parse(command(name)) if field]
+    return re.findall(r"{(.+?)}", command(name))
 
 
 def with_needs(name):
@@ -210,14 +204,13 @@ def train_all(names, args):
             process.terminate()
         for process in going_on:
             process.wait()
-        bar.close()
 
 
 def start(name, seed, args):
     """Starts a run, or goes on with it. → its process; None if it is finished."""
     out = folder(name, seed, args)
     log = out.with_suffix(".log")
-    # The log begins with all the commands that the run depends on: one that has changed begins anew
+    # The log begins with all the commands that the run depends on: one that has changed begins again
     head = "".join(f"{command(one)} --seed {seed}\n" for one in with_needs(name))
     begun = log.exists() and log.read_text().startswith(head)
     if begun and result(out):
@@ -225,17 +218,11 @@ def start(name, seed, args):
     if not begun:
         if out.exists():  # its results are not those of these commands
             out.rename(f"{out}.before-{time.time_ns()}")
-        log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(head)
-    words = arguments(name, seed, args) + (["--resume"] if begun else [])
-    return launch(words, PROCESSES.get(name, 1), args.jobs, log)
-
-
-def arguments(name, seed, args):
-    """The command of a run, word by word."""
     last = {other: folder(other, seed, args) / "last.pt" for other in needs(name)}
     words = [word.format_map(last) for word in command(name).split()]
-    return [*words, "--seed", str(seed), "--out", str(folder(name, seed, args))]
+    words += ["--seed", str(seed), "--out", str(out), *(["--resume"] if begun else [])]
+    return launch(words, PROCESSES.get(name, 1), args.jobs, log)
 
 
 def launch(words, processes, jobs, log):
@@ -412,9 +399,9 @@ def main():
     args = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # as Ctrl-C
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     if not args.report:
         train_all(runs_of(TABLES[name] for name in args.only), args)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     for name in args.only:
         text = report(TABLES[name], args)
         print(text)
