@@ -316,33 +316,29 @@ TABLES = ("step", "positions", "parts", "momo", "process", "operators", "retriev
 
 
 def jobs(args):
-    """What to measure: (title of a table, first columns of its rows, function, its arguments)."""
-    if "loader" in args.only:
-        yield "training views of JPEG files", {}, bench_loader, args.repeats
+    """All that can be measured: (table, its title, first columns of its rows, function, its arguments)."""
+    yield "loader", "training views of JPEG files", {}, bench_loader, args.repeats
     for name, amp in itertools.product(args.config, args.amp):
         run, labels = runtime.Runtime(amp), {"config": name, "amp": amp}
-        rest = run, args.repeats
-        batches = args.batch_size or ([4, 8] if run.device.type == "cpu" else [32 if name == "large" else 64])
+        cpu, rest = run.device.type == "cpu", (run, args.repeats)
+        batches = args.batch_size or ([4, 8] if cpu else [32 if name == "large" else 64])
         step = STEP | ({"ours, compiled": dict(compile=True)} if args.compile else {})
-        for table, title, kinds, sizes in (
-            ("step", "a step of stage vl", step, batches),
-            ("positions", "absolute and relative positions", POSITIONS, batches[:1]),
-            ("momo", "a step of VLMo and of MoMo", MODELS, batches[:1]),
-            ("parts", "a step in parts", PARTS, [4 * -(-batches[0] // 2)]),  # about twice as many, in four
-        ):
-            for b in sizes if table in args.only else ():
-                yield title, labels | {"batch": b}, bench_step, kinds, name, b, *rest
-        first = labels | {"batch": batches[0]}
-        if "process" in args.only and sys.platform == "linux" and run.device.type == "cpu":
+        for b in batches:
+            yield "step", "a step of stage vl", labels | {"batch": b}, bench_step, step, name, b, *rest
+        b, twice = batches[0], 4 * -(-batches[0] // 2)  # about twice as many, in four parts
+        first = labels | {"batch": b}
+        yield "positions", "absolute and relative positions", first, bench_step, POSITIONS, name, b, *rest
+        yield "momo", "a step of VLMo and of MoMo", first, bench_step, MODELS, name, b, *rest
+        yield "parts", "a step in parts", labels | {"batch": twice}, bench_step, PARTS, name, twice, *rest
+        if cpu and sys.platform == "linux":
             kinds = STEP | {"ours, relative": POSITIONS["relative"]}
-            yield "memory of the process", first, bench_process, kinds, name, batches[0], amp
-        if "operators" in args.only and run.device.type == "cpu":
-            yield "operators of a step", first, bench_operators, name, batches[0], run
-        if "retrieval" in args.only:
-            yield "retrieval", labels, bench_retrieval, name, *rest
-        for position in ("absolute", "relative") if "sizes" in args.only else ():
+            yield "process", "memory of the process", first, bench_process, kinds, name, b, amp
+        if cpu:
+            yield "operators", "operators of a step", first, bench_operators, name, b, run
+        yield "retrieval", "retrieval", labels, bench_retrieval, name, *rest
+        for position in POSITIONS:
             sized = labels | {"position": position}
-            yield "memory and work of a sample", sized, bench_sizes, name, position, run
+            yield "sizes", "memory and work of a sample", sized, bench_sizes, name, position, run
 
 
 def table(title, rows):
@@ -372,7 +368,9 @@ def main():
     device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, medians of {args.repeats}\n")
     found = {"device": device, "torch": torch.__version__}
-    for title, labels, measure, *arguments in jobs(args):
+    for name, title, labels, measure, *arguments in jobs(args):
+        if name not in args.only:
+            continue
         try:
             rows = [labels | row for row in measure(*arguments)]
         except RuntimeError as error:  # too little memory
