@@ -110,7 +110,9 @@ def retrieval(model, source, words, device, batch=64, rerank=0):
     relevant = relevant_pairs(captions, items, source.by_text).to(device)
     results = recall(search(image, text, relevant), search(text, image, relevant.flip(0)))
     if rerank:
-        images = all_images(source, model.config.image_size, device, batch)
+        numbers = [part.tolist() for part in torch.arange(len(source)).split(batch)]
+        views = pictures(source, numbers, model.config.image_size, device)
+        images = torch.cat([view.cpu() for view in views])  # (I, 3, S, S): they are read many times
         reranker = Reranker(model, images, ids, mask, rerank, device, batch)
         by_image = search(image, text, relevant, functools.partial(reranker.reorder, image_asks=True))
         by_text = search(text, image, relevant.flip(0), functools.partial(reranker.reorder, image_asks=False))
@@ -134,15 +136,6 @@ def retrieval_sheet(model, source, words, device, queries=4, best=5, among=500):
         found = results(source, caption, scores, scores.topk(min(best, count)).indices.tolist())
         rows.append((caption, [drawing.tile(source.image(k), label, right) for k, label, right in found]))
     return drawing.sheet(rows)
-
-
-def all_images(source, size, device, batch):
-    """All images of a source on the CPU, uint8 (I, 3, S, S): reranking reads them many times."""
-    numbers = torch.arange(len(source)).split(batch)
-    images = torch.empty(len(source), 3, size, size, dtype=torch.uint8)
-    for n, views in zip(numbers, pictures(source, [part.tolist() for part in numbers], size, device)):
-        images[n] = views.cpu()
-    return images
 
 
 def relevant_pairs(captions, items, by_text):
@@ -197,12 +190,13 @@ class Reranker:
         return torch.cat(out)
 
 
-def reranked(reranker, best, scores, image, caption):
+def reranked(model, best, scores, images, ids, mask):
     """K numbers of `scores`, sorted again by what both heads say together, as in reorder → the
-    numbers, {number: probability of a match}. image, caption (K,): the reranker's numbers of the
-    pairs."""
-    odds = reranker.odds(image, caption)  # (K,)
-    by_both = reranker.model.scale() * scores[best] + odds
+    numbers, {number: probability of a match}. images, ids, mask: of the K pairs, or one for all."""
+    K, pair = len(best), torch.arange(len(best))
+    images, ids, mask = images.expand(K, -1, -1, -1), ids.expand(K, -1), mask.expand(K, -1)
+    odds = Reranker(model, images, ids, mask, K, scores.device, 64).odds(pair, pair)  # (K,)
+    by_both = model.scale() * scores[best] + odds
     matches = dict(zip(best, odds.sigmoid().tolist()))
     return [best[k] for k in by_both.argsort(descending=True).tolist()], matches
 

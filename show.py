@@ -99,10 +99,9 @@ def search(args, run):
     if args.image:
         titles, queries = [args.image], model.embed_image(view(read_image(args.image), config, run))
     else:
-        first = range(min(3, len(source)))
-        known = [caption for i in first for caption in source[i].captions[:1]]
+        known = [source[i].captions[0] for i in range(min(3, len(source))) if source[i].captions]
         titles = args.text or known
-        ids, mask = encode(words, args.text, run) if args.text or not known else words.encode_all(known)
+        ids, mask = words.encode_all(known) if known and not args.text else encode(words, args.text, run)
         queries = model.embed_text(ids.to(run.device), mask.to(run.device))  # (C, D)
     rows = []
     for q, title in enumerate(titles):
@@ -112,10 +111,8 @@ def search(args, run):
             raise UserError(f"no image of {args.images} can be read")
         matches, first = {}, best[: args.rerank]
         if first:
-            images, K = torch.cat([view(source.image(i), config, run) for i in first]), len(first)
-            reranker = retrieval.Reranker(model, images, ids, mask, K, run.device, 64)
-            pairs = torch.arange(K), torch.full((K,), q)
-            best[:K], matches = retrieval.reranked(reranker, first, scores, *pairs)
+            images = torch.cat([view(source.image(i), config, run) for i in first])
+            best[: len(first)], matches = retrieval.reranked(model, first, scores, images, ids[[q]], mask[[q]])
         tiles = []
         print(title)
         for i, label, right in retrieval.results(source, title, scores, best[: args.best]):
@@ -136,9 +133,7 @@ def search_texts(model, words, args, run):
     scores = retrieval.embed_texts(model, ids, mask, run.device, 64) @ model.embed_image(pixels)[0]  # (C,)
     best = scores.topk(min(max(args.best, args.rerank), len(scores))).indices.tolist()
     if first := best[: args.rerank]:
-        reranker = retrieval.Reranker(model, pixels, ids, mask, len(first), run.device, 64)
-        pairs = torch.zeros(len(first), dtype=torch.int64), torch.tensor(first)
-        best[: len(first)], _ = retrieval.reranked(reranker, first, scores, *pairs)
+        best[: len(first)], _ = retrieval.reranked(model, first, scores, pixels, ids[first], mask[first])
     rows = [f"{k}.  {scores[n]:.3f}  {texts[n]}" for k, n in enumerate(best[: args.best], start=1)]
     print(found := "\n".join(rows))
     save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written(found)])]), args)

@@ -159,13 +159,12 @@ def test_reordering_by_hand(monkeypatch):
 def test_the_log_odds_are_those_of_each_pair():
     model, words, captions = model_and_words()
     shaken(model)
-    pixels = retrieval.all_images(SOURCE, 48, "cpu", batch=3)
+    pixels = torch.stack([images.to_tensor(images.resize(SOURCE.image(i), 48)) for i in range(7)])
     ids, mask = words.encode_all(captions)
     reranker = retrieval.Reranker(model, pixels, ids, mask, 4, "cpu", batch=2)
     image, caption = torch.tensor([0, 6, 3]), torch.tensor([8, 1, 4])
     for odds, i, n in zip(reranker.odds(image, caption), image, caption):
-        picture = images.to_tensor(images.resize(SOURCE.image(int(i)), 48))
-        hidden = model.encode_pair(ids[n][None], mask[n][None], picture[None])
+        hidden = model.encode_pair(ids[n][None], mask[n][None], pixels[i][None])
         wrong, right = model.itm_head(torch.tanh(model.pooler(hidden[:, 0])))[0]
         torch.testing.assert_close(odds, right - wrong, atol=1e-5, rtol=0)
 
