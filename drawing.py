@@ -114,11 +114,10 @@ def curves(runs, only=None):
                     if shown and value is not None:
                         found[name + split, run, entry["step"]].append(value)
     panels = {}
-    for (title, run, step), values in found.items():
-        panels.setdefault(title, {}).setdefault(run, []).append((step, statistics.mean(values)))
+    for title, run, step in sorted(found, key=lambda key: key[2]):  # a run that was stopped has a line more
+        point = step, statistics.mean(found[title, run, step])
+        panels.setdefault(title, {}).setdefault(run, []).append(point)
     for title, curves in list(panels.items()):
-        for curve in curves.values():
-            curve.sort()  # a run that was stopped has a line more, which others lack
         if all(len({y for _, y in curve}) < 2 for curve in curves.values()):
             del panels[title]
     return chart(panels, list(runs)) if panels else None
