@@ -22,7 +22,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,11 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backwa
 import images
 import retrieval
 import runtime
-import train
 from mome import CONFIGS, VLMo
-from momo_stages import MoMoVL
 from runtime import at_least
-from sides import Side, bare, forget, gradients, pairs, stage_of, training_batch
+from sides import Side, bare, pairs
 from textbook import Textbook
 
 CPU_FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -122,7 +119,6 @@ def bench_step(kinds, name, b, run, repeats):
     for kind, arguments in kinds.items():
         median = statistics.median(seconds[kind])
         side = Side(name, b, run, **arguments | {"compile": False})  # compiled code hides its FLOPs
-        parameters = sum(p.numel() for p in side.stage.parameters() if p.requires_grad)
         side()  # AdamW makes its averages
         work, memory = flops(side), tensor_memory(side, run.device)
         rows.append({
@@ -130,7 +126,7 @@ def bench_step(kinds, name, b, run, repeats):
             "pairs/s": b / median,
             "spread": (max(seconds[kind]) - min(seconds[kind])) / median,
             f"× {first}": median_ratio(seconds[first], seconds[kind]),
-            "parameters, M": parameters / 1e6,
+            "parameters, M": sum(p.numel() for p in side.trained()) / 1e6,
             "TFLOP a step": work / 1e12,
             "of peak": work / median / best,
             "tensors, MB": memory,  # besides parameters and AdamW's averages
@@ -279,39 +275,40 @@ def bench_sizes(name, position, run):
     gradients and AdamW's averages take, in float32, and how many samples an H100 wants."""
     rows = []
     for kind, size, tokens in RUNS:
-        clear()
-        config = dataclasses.replace(CONFIGS[name], image_size=size, max_text_len=tokens, position=position)
-        row = {"run": kind, "pixels": size, "tokens": tokens}
+        fields = dict(image_size=size, max_text_len=tokens, position=position, drop_path=CONFIGS[name].drop_path)
+        row, memory, work = {"run": kind, "pixels": size, "tokens": tokens}, {}, {}
         for column, recompute in (("MB a sample", False), ("with --recompute", True)):
-            stage = stage_of(kind, config).to(run.device).train()
-            batches = [training_batch(kind, config, b, run.device) for b in (4, 2)]
-            train.freeze_unread(stage, batches[1:], run)
-            for p in stage.parameters():
-                if p.requires_grad:
+            for b in (4, 2):
+                side = Side(name, b, run, kind, full=True, recompute=recompute, **fields)
+                for p in side.trained():
                     p.register_post_accumulate_grad_hook(forget)  # so that the peak is of activations
-            runtime.speed_up(stage, SimpleNamespace(recompute=recompute, compile=False), run)
-            steps = [partial(gradients, stage, batch, run) for batch in batches]
-            four, two = (tensor_memory(step, run.device) for step in steps)
-            row[column] = (four - two) / 2
-            if not recompute:
-                parameters = sum(p.numel() for p in stage.parameters() if p.requires_grad)
-                work = (flops(steps[0]) - flops(steps[1])) / 2e12
-        memory = {"parameters, M": parameters / 1e6, "MB besides": 16 * parameters / 1e6}
-        rows.append(row | {"TFLOP a sample": work, "samples/s, H100 at 40 %": H100 / work} | memory)
+                memory[b] = tensor_memory(side.backward, run.device)
+                if not recompute:
+                    parameters, work[b] = sum(p.numel() for p in side.trained()), flops(side.backward)
+                del side
+                clear()
+            row[column] = (memory[4] - memory[2]) / 2
+        more = (work[4] - work[2]) / 2e12
+        besides = {"parameters, M": parameters / 1e6, "MB besides": 16 * parameters / 1e6}
+        rows.append(row | {"TFLOP a sample": more, "samples/s, H100 at 40 %": H100 / more} | besides)
     return rows
+
+
+def forget(parameter):
+    parameter.grad = None
 
 
 # ---- The command ---------------------------------------------------------------------------------
 
 
 STEP = {
-    "textbook": dict(kind=Textbook),
+    "textbook": dict(kind="textbook"),
     "ours": {},
     "ours, recomputed": dict(recompute=True),
 }
 POSITIONS = {"absolute": {}, "relative": dict(position="relative")}
 PARTS = {"4 parts apart": dict(parts=4, ahead=False), "4 parts together": dict(parts=4), "1 part": {}}
-MODELS = {"VLMo": {}, "MoMo": dict(kind=MoMoVL)}
+MODELS = {"VLMo": {}, "MoMo": dict(kind="momo")}
 TABLES = ("step", "positions", "parts", "momo", "process", "operators", "retrieval", "loader", "sizes")
 
 
@@ -378,8 +375,7 @@ def main():
         print(table(title, rows), flush=True)
         found[title] = found.get(title, []) + rows
         if args.out:
-            content = json.dumps(found, indent=1).encode()
-            runtime.write(args.out, lambda file: file.write(content))
+            Path(args.out).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

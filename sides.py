@@ -22,6 +22,7 @@ from texts import IGNORE
 from vqa import VQA
 
 ALL = {"itc": 1.0, "itm": 1.0, "mlm": 0.25}  # the paper's losses, and their weights
+ANSWERS = 3129  # of VQA 2.0
 
 
 def bare(kind, model, **attributes):
@@ -67,24 +68,26 @@ def pairs(config, b, ratio=0.15, full=False):
 class Side:
     """One way to compute a step, which a call does: a stage, its optimizer, its batches."""
 
-    def __init__(self, name, b, run, kind=VL, position="absolute", parts=1, ahead=True, recompute=False, compile=False):
-        """kind: VL, Textbook or MoMoVL. parts: of the step; ahead: whether they see each other."""
+    def __init__(
+        self, name, b, run, kind="stage vl", full=False, parts=1, ahead=True, recompute=False, compile=False, **fields
+    ):
+        """kind: as in stage_of. full: with texts of full length. parts: of the step; ahead: whether they
+        see each other. fields: of the Config."""
         torch.manual_seed(0)
         self.run, self.ahead = run, ahead
-        config = dataclasses.replace(CONFIGS[name], drop_path=0.0, position=position)
-        if kind is MoMoVL:
-            self.stage = momo_stage(name, config)
-            config, ratio = self.stage.model.config, momo.RATIO
-            documents = pairs(config, b, ratio["text"], full=True)
-            documents = {name: documents[name] for name in ("masked", "labels", "mask")}
-            batches = pairs(config, b, ratio["pair"]), documents
-        else:
-            self.stage = bare(kind, VLMo(config), loss_weights=ALL, negatives="global")
-            batches = (pairs(config, b),)
+        fields = {"drop_path": 0.0} | fields
+        self.stage = stage_of(kind, name, dataclasses.replace(CONFIGS[name], **fields))
+        config = self.stage.model.config  # of MoMo another one
+        batches = [pairs(config, b, momo.RATIO["pair"] if kind == "momo" else 0.15, full)]
+        if kind == "vqa":
+            batches[0]["target"] = torch.rand(b, ANSWERS)
+        if kind == "momo":
+            documents = pairs(config, b, momo.RATIO["text"], full=True)
+            batches.append({name: documents[name] for name in ("masked", "labels", "mask")})
         columns = []
         for batch in batches:
             split = [dict(zip(batch, rows)) for rows in zip(*(x.chunk(parts) for x in batch.values()))]
-            split = split if kind is Textbook else with_counts(split)  # a textbook pads texts to full length
+            split = split if kind == "textbook" else with_counts(split)  # which cuts texts to the longest
             columns.append([to_device(part, run.device) for part in split])
         self.parts = list(zip(*columns))
         self.stage.to(run.device).train()
@@ -93,6 +96,12 @@ class Side:
         self.optimizer = runtime.adamw(self.stage)
 
     def __call__(self):
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def backward(self):
+        """Forward and backward passes."""
         parts = self.parts
         if self.ahead:
             with self.run.autocast():
@@ -102,8 +111,27 @@ class Side:
                 values = self.stage(*batches)
             loss = sum(w * values[name] for name, w in self.stage.loss_weights.items())
             (loss / len(parts)).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+
+    def trained(self):
+        """The parameters that train."""
+        return [p for p in self.stage.parameters() if p.requires_grad]
+
+
+def stage_of(kind, name, config):
+    """A stage or task without data: "stage vl", "textbook" (the same), "momo" (stage momo-vl), "stage
+    text", "retrieval" or "vqa"."""
+    if kind == "momo":
+        return momo_stage(name, config)
+    model = VLMo(config)
+    if kind == "stage text":
+        model.requires_grad_(False)
+        for module in language_part(model):
+            module.requires_grad_(True)
+        return bare(Text, model, loss_weights={"mlm": 1.0})
+    if kind == "vqa":
+        return bare(VQA, model, head=classifier(config, config.dim, ANSWERS), loss_weights={"loss": 1.0})
+    weights = {"itc": 1.0} if kind == "retrieval" else ALL
+    return bare(Textbook if kind == "textbook" else VL, model, loss_weights=weights, negatives="global")
 
 
 def momo_stage(name, config):
@@ -116,34 +144,3 @@ def momo_stage(name, config):
     stage = bare(MoMoVL, VLMo(config), head=nn.ModuleDict(decoders), loss_weights=weights)
     stage.negatives, stage.normalised = "global", False
     return stage
-
-
-def stage_of(kind, config):
-    """A stage or task, without data."""
-    model = VLMo(config)
-    if kind == "stage text":
-        model.requires_grad_(False)
-        for module in language_part(model):
-            module.requires_grad_(True)
-        return bare(Text, model, loss_weights={"mlm": 1.0})
-    if kind == "vqa":
-        return bare(VQA, model, head=classifier(config, config.dim, 3129), loss_weights={"loss": 1.0})
-    weights = ALL if kind == "stage vl" else {"itc": 1.0}
-    return bare(VL, model, loss_weights=weights, negatives="global")
-
-
-def training_batch(kind, config, b, device):
-    """b pairs with texts of full length."""
-    batch = to_device(with_counts([pairs(config, b, full=True)])[0], device)
-    return batch | {"target": torch.rand(b, 3129, device=device)} if kind == "vqa" else batch
-
-
-def forget(parameter):
-    parameter.grad = None
-
-
-def gradients(stage, batch, run):
-    """Forward and backward pass."""
-    with run.autocast():
-        values = stage(batch)
-    sum(w * values[name] for name, w in stage.loss_weights.items()).backward()
