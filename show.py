@@ -112,7 +112,7 @@ def search(args, run):
         matches, first = {}, best[: args.rerank]
         if first:
             images = torch.cat([view(source.image(i), config, run) for i in first])
-            best[: len(first)], matches = retrieval.reranked(model, first, scores, images, ids[[q]], mask[[q]])
+            best[: len(first)], matches = retrieval.reranked(model, first, scores, images, ids[q], mask[q])
         tiles = []
         print(title)
         for i, label, right in retrieval.results(source, title, scores, best[: args.best]):
