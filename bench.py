@@ -275,7 +275,8 @@ def bench_sizes(name, position, run):
     gradients and AdamW's averages take, in float32, and how many samples an H100 wants."""
     rows = []
     for kind, size, tokens in RUNS:
-        fields = dict(image_size=size, max_text_len=tokens, position=position, drop_path=CONFIGS[name].drop_path)
+        drop_path = CONFIGS[name].drop_path
+        fields = dict(image_size=size, max_text_len=tokens, position=position, drop_path=drop_path)
         row, memory, work = {"run": kind, "pixels": size, "tokens": tokens}, {}, {}
         for column, recompute in (("MB a sample", False), ("with --recompute", True)):
             for b in (4, 2):

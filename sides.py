@@ -69,8 +69,9 @@ class Side:
     """One way to compute a step, which a call does: a stage, its optimizer, its batches."""
 
     def __init__(
-        self, name, b, run, kind="stage vl", full=False, parts=1, ahead=True, recompute=False, compile=False, **fields
-    ):
+        self, name, b, run, kind="stage vl", full=False, parts=1, ahead=True,
+        recompute=False, compile=False, **fields,
+    ):  # fmt: skip
         """kind: as in stage_of. full: with texts of full length. parts: of the step; ahead: whether they
         see each other. fields: of the Config."""
         torch.manual_seed(0)
