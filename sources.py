@@ -11,14 +11,11 @@ What is read of a folder is the first of these that is there; SPLIT is train, va
 Shards and images lie in folders train, val and test, or are split by a hash of their names.
 """
 
-import collections
 import csv
 import functools
 import itertools
 import os
 from pathlib import Path
-
-import numpy as np
 
 import reading
 import shapes
@@ -158,52 +155,28 @@ def check_folder(folder):
 
 # ---- Missing images ------------------------------------------------------------------------------
 
-MANY = 10_000  # missing images that are enough to stop
-AT_ONCE = 10_000  # records whose images are looked for together
-
 
 def refuse_missing(records, split):
-    """The records; UserError that names missing images, at the end or when they are MANY."""
-    listing = functools.cache(list_folder)
-    records, missing = iter(records), {}  # in order, each once
-    while len(missing) < MANY and (some := list(itertools.islice(records, AT_ONCE))):
-        yield from some
-        images = []
-        for record in some:
-            images += [record.image] if isinstance(record.image, str) else record.image
-        missing |= dict.fromkeys(missing_images(images, listing))
+    """The records; UserError at the end that names missing images. Each folder is listed once: on a
+    network's disk this takes seconds, where asking for each image takes hours."""
+    listing, missing = functools.cache(list_folder), {}  # in order, each once
+    for record in records:
+        yield record
+        for path in [record.image] if isinstance(record.image, str) else record.image:
+            folder, name = os.path.split(path)
+            if name not in listing(folder):
+                missing[path] = None
     if missing:
         names = ", ".join(itertools.islice(missing, 5)) + (", …" if len(missing) > 5 else "")
-        more = " or more" if len(missing) >= MANY else ""
-        raise UserError(f"{len(missing)}{more} images of split {split} are missing: {names}")
-
-
-def missing_images(paths, listing):
-    """The paths that do not exist. listing: list_folder, with a memory: each folder is listed once."""
-    by_folder = collections.defaultdict(list)
-    for path in paths:
-        folder, name = os.path.split(path)
-        by_folder[folder].append(name)
-    missing = []
-    for folder, names in by_folder.items():
-        there = listing(folder or ".")
-        wanted = np.array(list(map(hash, names)))
-        found = there[there.searchsorted(wanted)] == wanted
-        missing += [os.path.join(folder, names[k]) for k in np.flatnonzero(~found)]
-    return missing
+        raise UserError(f"{len(missing)} images of split {split} are missing: {names}")
 
 
 def list_folder(folder):
-    """The hashes of the names in a folder, in order, and a last one that is no name's: int64. They
-    take 8 bytes per name, which a set of the names would take ten times."""
-    hashes = np.empty(0, np.int64)
-    if os.path.isdir(folder):
-        try:
-            with os.scandir(folder) as entries:
-                hashes = np.fromiter((hash(entry.name) for entry in entries), np.int64)
-        except OSError as error:
-            reading.refuse(error)
-    return np.append(np.sort(hashes), np.iinfo(np.int64).max)
+    """The names in a folder; none if there is no such folder, or this user may not list it."""
+    try:
+        return set(os.listdir(folder or "."))
+    except OSError:
+        return set()
 
 
 # ---- Files of captions ---------------------------------------------------------------------------
