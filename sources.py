@@ -115,21 +115,12 @@ def without(records, names):
 
 
 def absent(paths, split, captions):
-    """The error that there are no such pictures, which says what there is."""
+    """The error that there are no such pictures."""
     data = " ".join(map(str, paths))
-    known = [name for name in SPLITS if any(has_split(folder, name) for folder in paths)]
-    if split not in known:
-        return Absent(f"{data} has no split {split}, but {', '.join(known)}")
     if captions:
         files = ", ".join(caption_files(split))
         return Absent(f"{data}: no pictures with captions in split {split} ({files}, *.tar, or *.txt)")
     return Absent(f"{data}: no pictures in split {split}")
-
-
-def has_split(folder, split):
-    if any(captions_file(folder, name) for name in SPLITS):
-        return captions_file(folder, split) is not None
-    return os.path.isdir(os.path.join(folder, split)) or not has_split_folders(folder)
 
 
 def task_folder(paths):
