@@ -199,41 +199,26 @@ def read_manifest(path, split):
 def read_table(path, split):
     """Rows below a header, separated by tabs if the header has one, else by commas. Rows of one
     image that follow each other are a picture."""
-    folder = str(path.parent)
-    for image, rows in itertools.groupby(table_rows(path), key=lambda row: row[1]):
-        rows = list(rows)
-        file = path_below(folder, image, rows[0][0])
-        captions = [caption for _, _, caption in rows]
-        yield Picture(file, captions, file)
+    for file, rows in itertools.groupby(table_rows(path), key=lambda row: row[0]):
+        yield Picture(file, [caption for _, caption in rows], file)
 
 
 def table_rows(path):
-    """(where, image, caption) of each row of a table."""
+    """(path of the image, caption) of each row of a table."""
+    folder = str(path.parent)
     lines = (line for _, line in reading.text_lines(path))
     header = next(lines, "")
     delimiter = "\t" if "\t" in header else ","
-    rows = csv.reader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
+    rows = csv.DictReader(itertools.chain([header], lines), delimiter=delimiter, strict=True)
     try:
-        names = next(rows)
-        columns = [column_of(names, choice, path) for choice in (IMAGE_COLUMNS, CAPTION_COLUMNS)]
-        for row in filter(None, rows):
+        for row in rows:
             where = f"{path}, line {rows.line_num}"
-            if len(row) != len(names):
-                raise UserError(f"{where} has {len(row)} columns, the header {len(names)}")
-            image, caption = (row[column] for column in columns)
-            yield where, image, caption
+            image, caption = row.get("filepath", row.get("image")), row.get("title", row.get("caption"))
+            if image is None or caption is None or None in row:  # None: what has no column
+                raise UserError(f"{where} does not fit a header with filepath and title (or image, caption)")
+            yield path_below(folder, image, where), caption
     except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: {error}") from None
-
-
-IMAGE_COLUMNS, CAPTION_COLUMNS = ("filepath", "image"), ("title", "caption")
-
-
-def column_of(names, choice, path):
-    for name in choice:
-        if name in names:
-            return names.index(name)
-    raise UserError(f"{path}: the first line names no column {' or '.join(choice)}")
+        raise UserError(f"{path}, line {rows.reader.line_num}: {error}") from None
 
 
 def read_karpathy(path, split):
