@@ -133,9 +133,9 @@ def path_below(folder, name, where):
     return os.path.join(folder, name)
 
 
-def print_left_out(where, left_out, count, names, needed):
-    """Says on stderr how many samples are left out, and which are the first."""
+def print_left_out(where, left_out, count, needed):
+    """Says on stderr which of `count` samples are left out."""
     if left_out:
-        names = ", ".join(names) + (", …" if left_out > len(names) else "")
-        text = f"{where}: {left_out} of {count} samples are left out, they lack {needed}: {names}"
+        names = ", ".join(left_out[:3]) + (", …" if len(left_out) > 3 else "")
+        text = f"{where}: {len(left_out)} of {count} samples are left out, they lack {needed}: {names}"
         print(text, file=sys.stderr, flush=True)

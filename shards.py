@@ -51,7 +51,7 @@ def read_shard(path, split=None, captions=False):
             else:
                 left_out.append(key)
     needed = "an image and a caption" if captions else "an image"
-    print_left_out(path, len(left_out), count, left_out[:3], needed)
+    print_left_out(path, left_out, count, needed)
     return found
 
 

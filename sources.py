@@ -41,20 +41,16 @@ def read_splits(names, read):
 def read_pictures(args, image_size, captions=False, paths=None):
     """{split: source} of the pictures that --data names; of training without those that --exclude
     names. captions: they must have captions. paths: other folders than --data, read whole."""
-    names = set()
+    names = None
     if args.exclude and not paths:
+        if shapes.asked(args.data):
+            raise UserError("--exclude: the built-in world has no files")
         names = {line.strip() for line in reading.read_text(args.exclude).splitlines()}
-        if not any(names):
-            raise UserError(f"--exclude {args.exclude} names no images")
-    if names and shapes.asked(args.data):
-        raise UserError("--exclude: the built-in world has no files")
     paths = paths or args.data
-    return read_splits(
-        args.splits, lambda split: pictures(paths, split, image_size, captions, names)
-    )
+    return read_splits(args.splits, lambda split: pictures(paths, split, image_size, captions, names))
 
 
-def pictures(paths, split, image_size, captions=False, excluded=()):
+def pictures(paths, split, image_size, captions=False, excluded=None):
     """The source of pictures that --data names: the built-in world, or one or more folders; of training, all
     must have it. captions: they must have captions. excluded: names of files that training leaves
     out.
@@ -68,7 +64,7 @@ def pictures(paths, split, image_size, captions=False, excluded=()):
     files = [captions_file(folder, split) for folder in paths]
     by_text = not any(file and file.suffix == ".json" for file in files)  # as usual for Karpathy's splits
     records = all_pictures(paths, split, captions)
-    if excluded and split == "train":
+    if excluded is not None and split == "train":
         records = without(records, excluded)
     source = Records(Picture, records, by_text)
     if not len(source):
@@ -267,14 +263,13 @@ def shard_files(folder, split=None):
         below = [split] if split else SPLITS
     found = []
     for name in below:
-        where = Path(folder, name)
-        found += sorted(map(str, where.glob("*.tar"))) if where.is_dir() else []
+        found += sorted(map(str, Path(folder, name).glob("*.tar")))
     return found
 
 
 def with_captions(paths, folder):
     """Pictures of images that have a text file of the same name, whose lines are captions."""
-    count, left_out, first = 0, 0, []
+    count, left_out = 0, []
     for count, path in enumerate(paths, start=1):
         text = os.path.splitext(path)[0] + ".txt"
         lines = reading.text_lines(text) if os.path.exists(text) else ()
@@ -282,10 +277,8 @@ def with_captions(paths, folder):
         if captions:
             yield Picture(path, captions, path)
         else:
-            left_out += 1
-            first += [path] if left_out <= 3 else []
-    if left_out < count:
-        reading.print_left_out(folder, left_out, count, first, "a text file with captions")
+            left_out.append(path)
+    reading.print_left_out(folder, left_out, count, "a text file with captions")
 
 
 def folder_of_images(path, image_size):
