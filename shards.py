@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import runtime
 from data import Picture, split_by_hash
-from reading import IMAGES, checked_captions, parse_json, path_below, print_left_out
+from reading import IMAGES, checked_text, malformed, parse_json, print_left_out
 from runtime import UserError
 
 
@@ -30,6 +30,11 @@ def read_shards(paths, split=None, captions=False):
                 yield from found
 
 
+# What tarfile raises on broken files
+DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, ArithmeticError, TypeError)
+DAMAGED += (AttributeError, RecursionError, MemoryError)
+
+
 def read_shard(path, split=None, captions=False):
     """The pictures of a shard's samples. split: only of those that a hash of their key gives to it.
     captions: only of those that have one. Samples that are left out are counted on stderr.
@@ -37,21 +42,23 @@ def read_shard(path, split=None, captions=False):
     UserError for a shard that is cut off or damaged.
     """
     found, count, left_out = [], 0, []
-    with open_file(path) as file:
-        for key, group in itertools.groupby(members(path, file), sample_key):
-            if split and split_by_hash(key) != split:
-                continue
-            sample = {member.name[len(key) :].lower(): member for member in group}
-            image = next((member for end, member in sample.items() if end in IMAGES), None)
-            texts = sample_captions(path, file, sample)
-            count += 1
-            if image and (texts or not captions):
-                name = f"{path}/{image.name}"
-                found.append(Picture(name, texts, name, (path, image.offset_data, image.size)))
-            else:
-                left_out.append(key)
-    needed = "an image and a caption" if captions else "an image"
-    print_left_out(path, left_out, count, needed)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for key, group in itertools.groupby(members(path, tar), sample_key):
+                if split and split_by_hash(key) != split:
+                    continue
+                sample = {member.name[len(key) :].lower(): member for member in group}
+                image = next((member for end, member in sample.items() if end in IMAGES), None)
+                texts = sample_captions(path, tar, sample)
+                count += 1
+                if image and (texts or not captions):
+                    name = f"{path}/{image.name}"
+                    found.append(Picture(name, texts, name, (path, image.offset_data, image.size)))
+                else:
+                    left_out.append(key)
+    except DAMAGED as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    print_left_out(path, left_out, count, "an image and a caption" if captions else "an image")
     return found
 
 
@@ -61,57 +68,32 @@ def sample_key(member):
     return folder + slash + name.partition(".")[0]
 
 
-def sample_captions(path, file, sample):
-    """sample: {ending: member}."""
+def sample_captions(path, tar, sample):
+    """The caption of a sample {ending: member}: a list of one, or of none."""
     member = sample.get(".txt") or sample.get(".json")
     if not member:
         return []
-    file.seek(member.offset_data)
-    where, content = f"{path}, member {member.name}", file.read(member.size)
-    if ".txt" in sample:
-        try:
-            caption = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: no UTF-8 text: {error}") from None
-    else:
-        entry = parse_json(content, where)
-        caption = entry.get("caption") if isinstance(entry, dict) else None
-    captions = checked_captions([caption or ""], where)
-    return captions if captions[0].strip() else []
+    where = f"{path}, member {member.name}"
+    with malformed(where):
+        text = tar.extractfile(member).read().decode("utf-8-sig")
+        caption = text if ".txt" in sample else parse_json(text, where).get("caption") or ""
+        caption = checked_text(caption, where)
+    return [caption] if caption.strip() else []
 
-
-# ---- Members -------------------------------------------------------------------------------------
 
 BLOCK = 512  # bytes, of which a .tar file consists; one of zeros ends it
-DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, ArithmeticError, TypeError)
-DAMAGED += (AttributeError, RecursionError, MemoryError)
 
 
-def open_file(path):
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def members(path, file):
-    """The regular files in a shard, each a TarInfo: its name, offset_data and size. UserError for a
-    member that is not a whole regular file, or a folder, below the shard."""
-    length, last = os.fstat(file.fileno()).st_size, "its start"
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while member := tar.next():
-                tar.members.clear()  # it would keep all of them
-                where, last = f"{path}, member {member.name}", member.name
-                path_below(path, member.name, where)
-                if member.issparse() or not (member.isreg() or member.isdir()):
-                    raise UserError(f"{where} is no regular file")
-                if member.offset_data + member.size > length:
-                    raise UserError(f"{where} is cut off: the shard is not whole")
-                if member.isreg():
-                    yield member
-            file.seek(tar.offset)
-            if file.read(BLOCK) != bytes(BLOCK):
-                raise UserError(f"{path} is cut off or damaged after {last}")
-    except DAMAGED as error:
-        raise UserError(f"{path} is damaged after {last}: {error}") from None
+def members(path, tar):
+    """The regular files in a shard, each a TarInfo: its name, offset_data and size. UserError for one
+    that is cut off."""
+    length = os.path.getsize(path)
+    while member := tar.next():
+        tar.members.clear()  # it would keep all of them
+        if member.offset_data + member.size > length:
+            raise UserError(f"{path}, member {member.name} is cut off: the shard is not whole")
+        if member.isreg():
+            yield member
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(BLOCK) != bytes(BLOCK):
+        raise UserError(f"{path} is cut off or damaged at its end")

@@ -56,13 +56,13 @@ def png(level):
 
 
 def write_shard(path, members, form=tarfile.GNU_FORMAT):
-    """members: {name: bytes, or a TarInfo}."""
+    """members: {name: bytes}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as tar:
         for name, content in members.items():
-            member = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
-            member.size = 0 if content is member else len(content)
-            tar.addfile(member, io.BytesIO(b"" if content is member else content))
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 # ---- Tasks ---------------------------------------------------------------------------------------
