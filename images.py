@@ -5,8 +5,6 @@ Shape letters: N patches, S side of an image in pixels.
 
 import io
 import math
-import os
-import stat
 import struct
 
 import numpy as np
@@ -25,8 +23,6 @@ class Unreadable(UserError):
 # What Pillow raises on broken files, depending on their format
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 UNREADABLE += (RuntimeError, MemoryError, struct.error, Image.DecompressionBombError)
-MOST_PIXELS = 1.2e8  # of an image: 360 MB once it is decoded; the largest cameras have 102 million
-Image.MAX_IMAGE_PIXELS = None  # no warning of Pillow's below that
 GRAY = (128, 128, 128)
 
 
@@ -39,9 +35,11 @@ def read_image(path, view=None, at=None):
     at: where an image in a shard is, (file, offset, size).
     """
     try:
-        with image_file(path, at) as file, Image.open(file) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width} × {image.height} pixels are too many")
+        shard, offset, size = at or (path, 0, -1)
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            content = io.BytesIO(file.read(size))
+        with Image.open(content) as image:
             if view:
                 shortest = min(*image.size, math.sqrt(AREA * image.width * image.height / ASPECT))  # of a crop
                 enough = view * ENLARGED / shortest
@@ -54,20 +52,8 @@ def read_image(path, view=None, at=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except UNREADABLE as error:
-        raise Unreadable(f"{path} cannot be read: {error}") from None
-
-
-def image_file(path, at):
-    """An open file, or what is at its place in a shard. (Of a path, Pillow maps some files into memory,
-    and turns these wrongly.)"""
-    if at:
-        shard, offset, size = at
-        with open(shard, "rb") as file:
-            file.seek(offset)
-            return io.BytesIO(file.read(size))
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("it is no regular file")
-    return open(path, "rb")
+        reason = str(error).partition(" <")[0]  # without the name of the bytes in memory
+        raise Unreadable(f"{path} cannot be read: {reason}") from None
 
 
 def to_tensor(image):
@@ -79,8 +65,6 @@ def to_8_bit(image):
     """An image of one channel with other values than 0 … 255 → the same from black to white."""
     values = np.asarray(image, dtype=np.float64)
     low, high = values.min(), values.max()
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("its values are not finite")
     return Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-300)))
 
 

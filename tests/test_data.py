@@ -1,7 +1,6 @@
 """Views of images, masks of patches, samples and their order, the loader, unreadable files."""
 
 import functools
-import os
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -59,15 +58,6 @@ def test_images_are_seen_as_a_viewer_shows_them(tmp_path):
         Image.fromarray(ramp.astype(kind)).save(tmp_path / name)
         gray = np.asarray(images.read_image(tmp_path / name))[..., 0]
         np.testing.assert_allclose(gray, 255 * np.arange(12).reshape(3, 4) / 11, atol=1)
-
-
-def test_what_would_block_or_fill_the_memory_is_unreadable(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "pipe.png")
-    Image.new("RGB", (50, 50)).save(tmp_path / "large.png")
-    Image.fromarray(np.full((2, 2), np.inf, np.float32)).save(tmp_path / "infinite.tiff")
-    monkeypatch.setattr(images, "MOST_PIXELS", 2000)
-    for name in ("pipe.png", "large.png", "infinite.tiff"):
-        refused(images.read_image, tmp_path / name, error=images.Unreadable)
 
 
 def test_crops_cover_half_to_all_of_the_picture():
