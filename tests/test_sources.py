@@ -143,7 +143,7 @@ RECORDS = {  # what writes and reads a file, a good record, values that make it 
         "answers": [[], "yes", [1], None], "image": [None, "b.png", "../a.png"], "question": [5, "\ud83d"],
     }),
     "statements": (manifest, statements.read, STATEMENT, {
-        "images": [["a.png"], ["a.png", 5], ["a.png", "../a.png"]], "label": ["True"],
+        "images": [["a.png"], ["a.png", 5], ["a.png", "../a.png"], ["a.png", "b.png"]], "label": ["True"],
         "sentence": [None, "\ud83d"],
     }),
 }  # fmt: skip
