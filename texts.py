@@ -229,10 +229,8 @@ def text_files(paths):
     """Text files, and those below folders that end in .txt. UserError if there is none."""
     found = []
     for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
         if not (path.is_dir() or path.is_file()):
-            raise UserError(f"{path} is no regular file: texts are read more than once")
+            raise UserError(f"{path}: no such file or folder (a pipe could be read only once)")
         files = list(files_below(path, (".txt",))) if path.is_dir() else [str(path)]
         if not files:
             raise UserError(f"{path}: plain text is needed, and there is no *.txt below")
@@ -253,13 +251,6 @@ def read_texts(path):
     return found
 
 
-def paragraphs(path):
-    """What stands between blank lines, each on one line; of a very long one, parts."""
-    for filled, lines in itertools.groupby(read_lines(path), key=bool):
-        while filled and (some := list(itertools.islice(lines, 1000))):
-            yield " ".join(some)
-
-
 def documents(path):
     """The documents of a text file: its paragraphs, or its lines where blank ones are rarer than one in
     50, such as a few empty documents."""
@@ -268,7 +259,9 @@ def documents(path):
         if filled:
             lines, blocks = lines + sum(1 for _ in block), blocks + 1
     several = 50 * (blocks - 1) > lines
-    yield from paragraphs(path) if several else filter(None, read_lines(path))
+    for filled, block in itertools.groupby(read_lines(path), key=bool):
+        if filled:
+            yield from [" ".join(block)] if several else block
 
 
 def read_documents(paths):
@@ -295,18 +288,16 @@ def corpus(paths):
 def pack(texts, words, folder):
     """Writes the token ids of (split, text) pairs, a [T_SEP] after each text: one file per split,
     which Texts reads."""
-    parallel, texts = os.environ["TOKENIZERS_PARALLELISM"], iter(texts)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    try:
-        with contextlib.ExitStack() as stack:
-            files = {split: stack.enter_context(open(Path(folder, split), "wb")) for split in SPLITS}
-            while chunk := list(itertools.islice(texts, 1000)):
-                encodings = words.tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
-                for (split, _), encoding in zip(chunk, encodings):
-                    if encoding.ids:
-                        np.array([*encoding.ids, words.sep], dtype=token_type(words)).tofile(files[split])
-    finally:
-        os.environ["TOKENIZERS_PARALLELISM"] = parallel
+    texts = iter(texts)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.environ.update, TOKENIZERS_PARALLELISM=os.environ["TOKENIZERS_PARALLELISM"])
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        files = {split: stack.enter_context(open(Path(folder, split), "wb")) for split in SPLITS}
+        while chunk := list(itertools.islice(texts, 1000)):
+            encodings = words.tokenizer.encode_batch([text for _, text in chunk], add_special_tokens=False)
+            for (split, _), encoding in zip(chunk, encodings):
+                if encoding.ids:
+                    np.array([*encoding.ids, words.sep], dtype=token_type(words)).tofile(files[split])
 
 
 def open_packed(words, seed, folder):

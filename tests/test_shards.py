@@ -33,7 +33,7 @@ def records(folder, split="train", captions=True):
 def test_a_shard_s_images_are_read_where_they_are(tmp_path, form):
     path = tmp_path / "train/00000.tar"
     folder = "é" * 40 if form == tarfile.USTAR_FORMAT else "é" * 120  # a long name has headers of its own
-    other = {f"{folder}/x.seg.png": b"", f"{folder}/x.PNG": png(77), f"{folder}/x.json": b'{"caption": "77"}'}
+    other = {f"{folder}/x.PNG": png(77), f"{folder}/x.json": b'{"caption": "77"}'}
     write_shard(path, samples(3) | other | {"z.png": png(9), "z.txt": b"\xef\xbb\xbfone\ntwo"}, form)
     (tmp_path / "val").mkdir()
     found, source = records(tmp_path)
@@ -65,7 +65,7 @@ def test_shards_without_folders_are_split_by_a_hash_of_the_key(tmp_path):
 
 def test_samples_without_image_or_caption_are_counted_once(tmp_path, capsys):
     members = {"a.txt": b"a", "b.png": png(1), "c.png": png(2), "c.txt": b"\n", "d.json": b"{}"}
-    members |= {"e.png": png(3), "e.json": b'{"caption": " "}', "f.png": png(4), "f.txt": b"f"}
+    members |= {"e.png": png(3), "e.json": b'{"caption": " "}', "f.png": png(4), "f.txt": b"f", "f.seg.png": png(5)}
     write_shard(tmp_path / "0.tar", members)
     found = shards.read_shard(str(tmp_path / "0.tar"), captions=True)
     assert [record.captions for record in found] == [["f"]]
