@@ -127,8 +127,7 @@ def refuse(error):
 
 def path_below(folder, name, where):
     """The path of a file that a record names. UserError if it is not below the folder."""
-    above = ".." in name and os.path.normpath(name).split("/")[0] == ".."
-    if above or name.startswith("/"):
+    if os.path.isabs(name) or os.path.normpath(name).split("/")[0] == "..":
         raise UserError(f"{where}: {name[:200]!r} is not below {folder} (a symbolic link there can be)")
     return os.path.join(folder, name)
 

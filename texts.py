@@ -78,8 +78,7 @@ def load_tokenizer(path):
     if Path(path).suffix == ".json":
         return tokenizer_from_json(text, path)
     pieces = text.removesuffix("\n").split("\n")
-    tokenizer = wordpiece({piece.removesuffix("\r"): i for i, piece in enumerate(pieces)})
-    return check_tokenizer(tokenizer, path)
+    return check_tokenizer(wordpiece({piece: i for i, piece in enumerate(pieces)}), path)
 
 
 def tokenizer_from_json(text, path):
@@ -301,9 +300,8 @@ def pack(texts, words, folder):
 
 
 def open_packed(words, seed, folder):
-    """{split: Texts} of the files that pack() wrote."""
-    filled = [split for split in SPLITS if (folder / split).stat().st_size]
-    return {split: Texts(folder / split, words, seed) for split in filled}
+    """{split: Texts} of the files that pack() filled."""
+    return {split: Texts(folder / split, words, seed) for split in SPLITS if (folder / split).stat().st_size}
 
 
 def packed(paths, words, seed):
