@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 from runtime import UserError
@@ -81,13 +82,18 @@ def fields(where, entry, **kinds):
     return [entry[name] for name in kinds]
 
 
+# What a damaged file or a record of another kind raises in the code that reads it
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError)
+MALFORMED += (OSError, EOFError, MemoryError, tarfile.TarError)
+
+
 @contextlib.contextmanager
 def malformed(where):
     """Turns what a malformed official record raises into one line that names file and record."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{where} is not as published ({type(error).__name__}: {error})") from None
+    except MALFORMED as error:
+        raise UserError(f"{where} is damaged or not as published ({type(error).__name__}: {error})") from None
 
 
 def official_records(path, name):

@@ -29,11 +29,6 @@ def read_shards(paths, split=None, captions=False):
                 yield from found
 
 
-# What tarfile raises on broken files
-DAMAGED = (tarfile.TarError, OSError, EOFError, ValueError, LookupError, ArithmeticError, TypeError)
-DAMAGED += (AttributeError, RecursionError, MemoryError)
-
-
 def read_shard(path, split=None, captions=False):
     """The pictures of a shard's samples. split: only of those that a hash of their key gives to it.
     captions: only of those that have one. Samples that are left out are counted on stderr.
@@ -41,22 +36,19 @@ def read_shard(path, split=None, captions=False):
     UserError for a shard that is cut off or damaged.
     """
     found, count, left_out = [], 0, []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for key, group in itertools.groupby(members(path, tar), sample_key):
-                if split and split_by_hash(key) != split:
-                    continue
-                sample = {member.name[len(key) :].lower(): member for member in group}
-                image = next((member for end, member in sample.items() if end in IMAGES), None)
-                texts = sample_captions(path, tar, sample)
-                count += 1
-                if image and (texts or not captions):
-                    name = f"{path}/{image.name}"
-                    found.append(Picture(name, texts, name, (path, image.offset_data, image.size)))
-                else:
-                    left_out.append(key)
-    except DAMAGED as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    with malformed(path), tarfile.open(path, "r:") as tar:
+        for key, group in itertools.groupby(members(path, tar), sample_key):
+            if split and split_by_hash(key) != split:
+                continue
+            sample = {member.name[len(key) :].lower(): member for member in group}
+            image = next((member for end, member in sample.items() if end in IMAGES), None)
+            texts = sample_captions(path, tar, sample)
+            count += 1
+            if image and (texts or not captions):
+                name = f"{path}/{image.name}"
+                found.append(Picture(name, texts, name, (path, image.offset_data, image.size)))
+            else:
+                left_out.append(key)
     print_left_out(path, left_out, count, "an image and a caption" if captions else "an image")
     return found
 

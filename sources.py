@@ -247,13 +247,11 @@ def has_split_folders(folder):
 def image_files(folder, split):
     """Image files of a split below a folder: in the split's own, or those that a hash of their names gives
     to it."""
-    if has_split_folders(folder):
-        if os.path.isdir(os.path.join(folder, split)):
-            yield from files_below(os.path.join(folder, split), IMAGES)
-        return
-    for path in files_below(folder, IMAGES):
-        if split_by_hash(os.path.relpath(path, folder)) == split:
-            yield path
+    if not has_split_folders(folder):
+        files = files_below(folder, IMAGES)
+        return (path for path in files if split_by_hash(os.path.relpath(path, folder)) == split)
+    below = os.path.join(folder, split)
+    return files_below(below, IMAGES) if os.path.isdir(below) else ()
 
 
 def shard_files(folder, split=None):
