@@ -25,7 +25,7 @@ from PIL import Image
 sys.path[:0] = [str(Path(__file__).parent.parent / "tests"), str(Path(__file__).parent.parent)]
 
 import files
-from files import entry, karpathy, picture, png, write_lines, write_shard
+from files import entry, karpathy, picture, png, records, write_lines, write_shard
 
 import checkpoint
 import glue
@@ -58,11 +58,6 @@ def reader(kind, file):
         return function
 
     return register
-
-
-def records(source):
-    """Reads all of a source."""
-    return [source[i] for i in range(len(source))]
 
 
 def pairs(path):

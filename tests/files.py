@@ -38,6 +38,11 @@ def pictures(folder, count=6, split="train"):
     return folder
 
 
+def records(source):
+    """All of a source."""
+    return [source[i] for i in range(len(source))]
+
+
 def karpathy(folder, *images, name="coco"):
     write_lines(folder / f"dataset_{name}.json", {"dataset": name, "images": images})
 

@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 from conftest import refused
-from files import png, write_shard
+from files import png, records, write_shard
 
 import data
 import images
@@ -24,9 +24,8 @@ def samples(count, start=0):
     return members
 
 
-def records(folder, split="train", captions=True):
-    source = sources.pictures([folder], split, 8, captions)
-    return [source[i] for i in range(len(source))], source
+def source_of(folder, split="train"):
+    return sources.pictures([folder], split, 8, captions=True)
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
@@ -36,20 +35,20 @@ def test_a_shard_s_images_are_read_where_they_are(tmp_path, form):
     other = {f"{folder}/x.PNG": png(77), f"{folder}/x.json": b'{"caption": "77"}'}
     write_shard(path, samples(3) | other | {"z.png": png(9), "z.txt": b"\xef\xbb\xbfone\ntwo"}, form)
     (tmp_path / "val").mkdir()
-    found, source = records(tmp_path)
-    assert [record.captions for record in found] == [
-        ["picture 0"], ["picture 1"], ["picture 2"], ["77"], ["one\ntwo"],
-    ]  # fmt: skip
+    source = source_of(tmp_path)
+    found = records(source)
+    captions = [caption for record in found for caption in record.captions]
+    assert captions == ["picture 0", "picture 1", "picture 2", "77", "one\ntwo"]
     assert [source.image(i).getpixel((3, 3))[0] for i in range(5)] == [0, 1, 2, 77, 9]
     assert found[1].image == found[1].item == f"{path}/000000001.png"
     assert found[3].image == f"{path}/{folder}/x.PNG"
-    refused(records, tmp_path, "val", error=data.Absent)
+    refused(source_of, tmp_path, "val", error=data.Absent)
 
 
 def test_shards_without_folders_are_split_by_a_hash_of_the_key(tmp_path):
     write_shard(tmp_path / "b.tar", samples(100, start=100))
     write_shard(tmp_path / "a.tar", samples(100))
-    found = {split: records(tmp_path, split)[0] for split in data.SPLITS}
+    found = {split: records(source_of(tmp_path, split)) for split in data.SPLITS}
     numbers = [int(os.path.basename(record.image)[:9]) for record in sum(found.values(), [])]
     assert sorted(numbers) == list(range(200)) and len(found["train"]) > 180
     assert found["val"] and found["test"]
@@ -96,7 +95,7 @@ def test_a_caption_that_is_wrong_is_refused(tmp_path):
 def test_a_broken_image_in_a_shard_is_unreadable_and_named(tmp_path):
     write_shard(tmp_path / "train/0.tar", {"a.png": png(1)[:40], "a.txt": b"a"})
     (tmp_path / "val").mkdir()
-    _, source = records(tmp_path)
+    source = source_of(tmp_path)
     refused(source.image, 0, error=images.Unreadable, says="0.tar/a.png")
     os.remove(tmp_path / "train/0.tar")
     refused(source.image, 0, error=images.Unreadable)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import refused
-from files import entry, karpathy, nlvr2, picture, vqa, write_lines
+from files import entry, karpathy, nlvr2, picture, records, vqa, write_lines
 
 import data
 import nlvr2 as statements
@@ -33,9 +33,9 @@ def test_manifest_and_a_link_that_leads_out_of_its_folder(tmp_path):
     manifest(folder, GOOD | {"captions": ["one", ""], "item": 7}, "", strange)
     (folder / "a.png").symlink_to(tmp_path / "a.png")
     source, file = sources.pictures([folder], "train", 8, captions=True), str(folder / "a.png")
-    assert source[0] == data.Picture(file, ["one", ""], f"{folder}/7")  # another folder has its own
-    assert source[1] == data.Picture(file, ["é\u2028\x85"], file)
-    assert len(source) == 2 and source.by_text and source.image(1).size == (8, 8)
+    first = data.Picture(file, ["one", ""], f"{folder}/7")  # another folder has its own
+    assert records(source) == [first, data.Picture(file, ["é\u2028\x85"], file)]
+    assert source.by_text and source.image(1).size == (8, 8)
     assert source.caption_ends().tolist() == [2, 3]
     assert list(source.corpus()) == ["one", "", "é\u2028\x85"]
 
@@ -63,7 +63,7 @@ def test_excluded_pictures_are_left_out_of_training_only(tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\ufeffb.png\nother.png\n")
     found = sources.read_pictures(options(tmp_path, ["train", "test"], names), 8)
-    left = [os.path.basename(found["train"][i].image) for i in range(len(found["train"]))]
+    left = [os.path.basename(record.image) for record in records(found["train"])]
     assert left == ["a.png", "c.png"] and len(found["test"]) == 3
     for useless in ("other.png", "a.png\nb.png\nc.png", ""):
         names.write_text(useless)
@@ -79,7 +79,7 @@ def test_karpathys_coco_and_flickr30k(tmp_path):
     karpathy(coco, first, second, entry("a.jpg", "test", "A test.", filepath="val2014"))
     karpathy(flickr, entry("c.jpg", "train", "A bird."), name="flickr30k")
     source = sources.pictures([coco, flickr], "train", 8, captions=True)
-    captions = [source[i].captions for i in range(len(source))]
+    captions = [record.captions for record in records(source)]
     assert captions == [["A dog.", "Dog"], ["A cat."], ["A bird."]]
     assert source[0].image == str(coco / "val2014" / "a.jpg") and source.image(2).size == (8, 8)
     assert not source.by_text  # its protocol: a caption is right only for its own picture
@@ -89,7 +89,7 @@ def test_karpathys_coco_and_flickr30k(tmp_path):
 def images(folder):
     """{split: paths of its images}."""
     found = sources.read_pictures(options(folder, data.SPLITS), 8)
-    return {split: [source[i].image for i in range(len(source))] for split, source in found.items()}
+    return {split: [record.image for record in records(source)] for split, source in found.items()}
 
 
 def test_folders_of_splits_are_two_or_the_only_one(tmp_path):
@@ -197,9 +197,10 @@ def test_official_files_that_do_not_fit_are_refused(tmp_path):
 # ---- Tables, text files, splits ------------------------------------------------------------------
 
 
-def records(folder, split="train", captions=True):
+def named(folder, split="train", captions=True):
+    """[(name of the image, captions), …]."""
     source = sources.pictures([folder], split, 8, captions)
-    return [(os.path.basename(source[i].image), source[i].captions) for i in range(len(source))]
+    return [(os.path.basename(record.image), record.captions) for record in records(source)]
 
 
 def test_tables_with_two_named_columns(tmp_path):
@@ -208,12 +209,12 @@ def test_tables_with_two_named_columns(tmp_path):
     rows = 'n,title,filepath\r\n1,"a, ""b""\nc",images/a.png\r\n\r\n2,é,images/a.png\r\n'
     rows += "3,,images/b.png\r\n4,d,images/a.png"
     (tmp_path / "train.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
-    assert records(tmp_path) == [("a.png", ['a, "b"\nc', "é"]), ("b.png", [""]), ("a.png", ["d"])]
+    assert named(tmp_path) == [("a.png", ['a, "b"\nc', "é"]), ("b.png", [""]), ("a.png", ["d"])]
     (tmp_path / "val.tsv").write_text("image\tcaption\nimages/b.png\tone, two\n")
     (tmp_path / "test.csv").write_text("filepath\ttitle\nimages/b.png\tone, two\n")  # open_clip's
-    assert records(tmp_path, "val") == records(tmp_path, "test") == [("b.png", ["one, two"])]
+    assert named(tmp_path, "val") == named(tmp_path, "test") == [("b.png", ["one, two"])]
     manifest(tmp_path, GOOD | {"image": "images/a.png"})  # a manifest goes first
-    assert records(tmp_path) == [("a.png", ["x"])]
+    assert named(tmp_path) == [("a.png", ["x"])]
 
 
 def test_a_wrong_table_is_refused_by_file_and_row(tmp_path):
@@ -230,25 +231,25 @@ def test_a_wrong_table_is_refused_by_file_and_row(tmp_path):
         (b"", "no pictures"),
     ]:
         (tmp_path / "train.csv").write_bytes(content)
-        refused(records, tmp_path, says=wrong)
+        refused(named, tmp_path, says=wrong)
 
 
 def test_texts_next_to_images_are_captions(tmp_path, capsys):
     for name in "abc":
         picture(tmp_path / f"train/{name}.jpg")
     (tmp_path / "val").mkdir()
-    refused(records, tmp_path, error=data.Absent)  # images only
+    refused(named, tmp_path, error=data.Absent)  # images only
     (tmp_path / "train/a.txt").write_text("one\n\n two \n")
     (tmp_path / "train/b.txt").write_text("\n")
-    assert records(tmp_path) == [("a.jpg", ["one", "two"])]
+    assert named(tmp_path) == [("a.jpg", ["one", "two"])]
     assert "2 of 3" in capsys.readouterr().err
-    assert records(tmp_path, captions=False) == [(f"{name}.jpg", []) for name in "abc"]
+    assert named(tmp_path, captions=False) == [(f"{name}.jpg", []) for name in "abc"]
     (tmp_path / "train/b.txt").write_bytes(b"\xff")
-    refused(records, tmp_path, says="b.txt, line 1")
+    refused(named, tmp_path, says="b.txt, line 1")
 
 
 def test_missing_images_are_named_up_to_five(tmp_path):
     picture(tmp_path / "a.png")
     lines = [GOOD | {"image": f"{k % 20}.png"} for k in range(30)]
     manifest(tmp_path, GOOD, *lines)
-    refused(records, tmp_path, says=r"20 images .*/0.png, .*/4.png, …")
+    refused(named, tmp_path, says=r"20 images .*/0.png, .*/4.png, …")
