@@ -83,8 +83,8 @@ def fields(where, entry, **kinds):
 
 
 # What a damaged file or a record of another kind raises in the code that reads it
-MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RuntimeError)
-MALFORMED += (OSError, EOFError, MemoryError, tarfile.TarError)
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError)
+MALFORMED += (RuntimeError, OSError, EOFError, MemoryError, tarfile.TarError)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Official JSON files, lines of text, paths in records."""
+"""Official JSON files, paths in records."""
 
 import json
 
@@ -15,20 +15,14 @@ def read(path):
 
 def test_an_official_list_is_read_and_one_that_is_cut_or_damaged_refused(tmp_path):
     path, whole = tmp_path / "a.json", json.dumps(CONTENT).encode()
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(CONTENT).encode())  # Windows' byte-order mark
+    path.write_bytes(b"\xef\xbb\xbf" + whole)  # Windows' byte-order mark
     assert read(path) == CONTENT["images"]
     for end in range(len(whole)):
         path.write_bytes(whole[:end])
         refused(read, path)
-    wrong = [b"[]", b'{"images": 5}', b'{"image": []}', b'{"images" []}', b'{"images": [1 2]}', b"\xff"]
-    for content in (*wrong, whole + b"{", b'{"images": ' + b"[" * 10**5, b'{"images": [' + b"1" * 5000):
+    for content in (b"[]", b'{"images": 5}', b'{"image": []}', b"\xff", b"[" * 10**5):
         path.write_bytes(content)
         refused(read, path)
-
-
-def test_an_error_names_the_line(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"one\ntwo\r\n\xffthree")
-    refused(list, reading.text_lines(tmp_path / "a.txt"), says="line 3")
 
 
 def test_a_record_s_path_stays_below_its_folder():

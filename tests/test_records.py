@@ -4,7 +4,6 @@ import os
 import tempfile
 
 import pytest
-import torch
 
 import data
 import losses
@@ -61,11 +60,3 @@ def test_a_corpus_is_about_a_million_texts(monkeypatch):
     assert len(list(source.corpus())) == 10
     source.text_ends = source.text_ends * 200_000  # as if there were two million
     assert [text[0] for text in source.corpus()] == list("2244") + ["4", "4"]
-
-
-def test_no_records():
-    source = Records(data.Picture, [])
-    assert len(source) == 0 and not len(source.caption_ends()) and not list(source.corpus())
-    with pytest.raises(IndexError):
-        source[0]
-    assert torch.tensor(source.caption_ends()).dtype == torch.int64

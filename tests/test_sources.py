@@ -165,10 +165,8 @@ def test_a_wrong_record_next_to_a_good_one_is_refused(write, read, good, changes
 OFFICIAL = {
     vqa: [
         {"questions": [{"question": "What?", "question_id": 1}]},  # no image
-        {"questions": [{"image_id": "x", "question": "What?", "question_id": 1}]},
         {"questions": [{"image_id": 99, "question": "What?", "question_id": 1}]},  # which is not there
         {"questions": [{"image_id": 11, "question": 5, "question_id": 1}]},
-        {"questions": 5},
         {"annotations": [{"question_id": 1}]},
         {"ids": (1, 1)},
         {"ids": (1, 2), "annotated": (1,)},  # the two files are of different splits
@@ -176,7 +174,6 @@ OFFICIAL = {
     ],
     nlvr2: [
         {"label": None},
-        {"label": True},
         {"identifier": "dev-5-0-0"},  # comes twice
         {"identifier": "dev5"},
         {"sentence": None},
@@ -225,10 +222,7 @@ def test_a_wrong_table_is_refused_by_file_and_row(tmp_path):
         (b"filepath,title\na.png,\xff\n", "line 2"),
         (b'filepath,title\na.png,x\na.png,"x\n', "line 3"),
         (b"filepath,title\n../a.png,x\n", "line 2"),
-        (b"filepath,title\nb.png,x\n", "b.png"),
         (b"filepath,url\na.png,x\n", "title"),
-        ("filepath,title\na.png,x\n".encode("utf-16"), "line 1"),
-        (b"", "no pictures"),
     ]:
         (tmp_path / "train.csv").write_bytes(content)
         refused(named, tmp_path, says=wrong)
