@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
+from reading import MALFORMED
 from runtime import UserError
 
 
@@ -21,8 +22,7 @@ class Unreadable(UserError):
 # ---- Reading ---------------------------------------------------------------------------------------
 
 # What Pillow raises on broken files, depending on their format
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
-UNREADABLE += (RuntimeError, MemoryError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (*MALFORMED, SyntaxError, struct.error, Image.DecompressionBombError)
 GRAY = (128, 128, 128)
 
 
