@@ -89,7 +89,7 @@ MALFORMED += (RuntimeError, OSError, EOFError, MemoryError, tarfile.TarError)
 
 @contextlib.contextmanager
 def malformed(where):
-    """Turns what a malformed official record raises into one line that names file and record."""
+    """Turns what a malformed record or a damaged shard raises into one line that names it."""
     try:
         yield
     except MALFORMED as error:

@@ -144,8 +144,8 @@ def check_folder(folder):
 
 
 def refuse_missing(records, split):
-    """The records; UserError at the end that names missing images. Each folder is listed once: on a
-    network's disk this takes seconds, where asking for each image takes hours."""
+    """The records; UserError at the end that names missing images. Each folder is listed once: a disk
+    on a network is slow to answer for each image."""
     listing, missing = functools.cache(list_folder), {}  # in order, each once
     for record in records:
         yield record
