@@ -129,7 +129,6 @@ def statements(folder, split):
     if not path.exists():
         raise Absent(f"{path}: no such file; --data takes NLVR2's JSON lines and images, or {manifest.name}")
     root = first_that_exists([folder / name, folder / "images" / name])
-    seen = set()
     for where, entry in json_lines(path):
         with malformed(where):
             id, text, label = entry["identifier"], entry["sentence"], entry["label"]
@@ -137,9 +136,6 @@ def statements(folder, split):
             assert label in ("True", "False"), "label"
             pair, sentence = id.rsplit("-", 1)
             assert pair.count("-") >= 2 and sentence, "identifier"
-        if id in seen:
-            raise UserError(f"{where}: identifier {id} comes twice")
-        seen.add(id)
         name = f"{entry['directory']}/{pair}" if "directory" in entry else pair
         images = [path_below(root, f"{name}-img{k}.png", where) for k in (0, 1)]
         yield Statement(images, checked_text(text, where), id, label == "True")

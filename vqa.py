@@ -122,13 +122,12 @@ class WorldQuestions(shapes.World):
 
 def read_sources(args, image_size):
     """{split: source} of --data. Training leaves out test2015, whose answers are not published."""
-    if shapes.asked(args.data) and args.training and args.trainval:
-        raise UserError("--trainval: the built-in world has no split trainval")
     if not args.training or shapes.asked(args.data):
+        if args.training and args.trainval:
+            raise UserError("--trainval: the built-in world has no split trainval")
         return read_splits(args.splits, lambda split: read(args.data, split, image_size))
-    names = {"train": "trainval", "val": "minival"} if args.trainval else {}
-    splits = ["train", "val"]
-    found = read_splits(splits, lambda split: read(args.data, names.get(split, split), image_size))
+    names = {"train": "trainval", "val": "minival"} if args.trainval else {"train": "train", "val": "val"}
+    found = read_splits(list(names), lambda split: read(args.data, names[split], image_size))
     for split, source in found.items():
         if not all(source[i].answers for i in (0, len(source) - 1)):  # trainval joins two files
             raise UserError(f"--data {args.data[0]} has no annotations for split {split}")
@@ -157,7 +156,7 @@ SUBSETS = {"train": "train2014", "val": "val2014", "test": "test2015", "test-dev
 
 
 def questions(folder, split):
-    """Records of a split. UserError where its two files do not fit together."""
+    """Records of a split."""
     if split not in SUBSETS:
         raise Absent(f"VQA 2.0 has no split {split}, but {', '.join(SUBSETS)}, minival, trainval")
     manifest = folder / f"{split}.jsonl"
@@ -170,25 +169,14 @@ def questions(folder, split):
         raise Absent(f"{path}: no such file; --data takes VQA 2.0's unpacked archives, or {manifest.name}")
     answers_path = folder / f"v2_mscoco_{subset}_annotations.json"
     known = annotations(answers_path) if answers_path.exists() else None
-
-    images = subset.replace("-dev", "")
-    root = next((folder / below for below in (images, f"images/{images}") if (folder / below).is_dir()), folder / images)
-    seen = set()
+    images = subset.replace("-dev", "")  # those of test2015
     for where, entry in official_records(path, "questions"):
         with malformed(where):
             text, id = entry["question"], entry["question_id"]
-            image = os.path.join(root, f"COCO_{images}_{entry['image_id']:012d}.jpg")
+            image = os.path.join(folder, images, f"COCO_{images}_{entry['image_id']:012d}.jpg")
             assert isinstance(text, str) and isinstance(id, int), "question and question_id"
-        if id in seen:
-            raise UserError(f"{path}: question_id {id} comes twice")
-        if known is not None and id not in known:
-            raise UserError(f"{answers_path} has no answers to question {id} of {path.name}")
-        seen.add(id)
-        text = checked_text(text, where)
-        yield Question(image, text, id, *(known[id] if known is not None else (None, None, None)))
-    for id in known or ():
-        if id not in seen:
-            raise UserError(f"{answers_path} has answers to question {id}, which {path.name} lacks")
+            assert known is None or id in known, f"{answers_path.name} has no answers to it"
+        yield Question(image, checked_text(text, where), id, *(known[id] if known else (None, None, None)))
 
 
 def own_questions(path):
@@ -229,9 +217,8 @@ def annotations(path):
 # ---- Answers -------------------------------------------------------------------------------------
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-DIGITS = {"none": "0"}
-for _number, _word in enumerate("zero one two three four five six seven eight nine ten".split()):
-    DIGITS[_word] = str(_number)
+NUMBERS = "zero one two three four five six seven eight nine ten".split()
+DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
 CONTRACTIONS = """ ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
 hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
 mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't

@@ -168,13 +168,10 @@ OFFICIAL = {
         {"questions": [{"image_id": 99, "question": "What?", "question_id": 1}]},  # which is not there
         {"questions": [{"image_id": 11, "question": 5, "question_id": 1}]},
         {"annotations": [{"question_id": 1}]},
-        {"ids": (1, 1)},
         {"ids": (1, 2), "annotated": (1,)},  # the two files are of different splits
-        {"annotated": (1, 9)},
     ],
     nlvr2: [
         {"label": None},
-        {"identifier": "dev-5-0-0"},  # comes twice
         {"identifier": "dev5"},
         {"sentence": None},
         {"directory": 43},  # without the images
