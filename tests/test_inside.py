@@ -111,7 +111,7 @@ def test_stage_image_fills_in_the_likeliest_codes_in_the_place_of_each(monkeypat
     head, image = shaken(MIMHead(model.config, 8)), torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     tokenizer = inside.dvae.Tokenizer(inside.dvae.DVAEConfig(grid=4, codes=8, width=8))
     monkeypatch.setattr(tokenizer, "decode", lambda codes: decoded.append(codes) or torch.zeros(1, 3, 4, 4))
-    monkeypatch.setattr(inside.dvae, "build", lambda kept, path: tokenizer)
+    monkeypatch.setattr(inside.dvae, "build", lambda kept: tokenizer)
     start = SimpleNamespace(extra={"dvae": None}, path="x.pt", head=head.state_dict())
     with torch.no_grad():
         inside.reconstructed(start, model, image, hidden)
