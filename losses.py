@@ -63,14 +63,13 @@ def over_processes(sums):
     return gather(sums[None]).sum(0).tolist()
 
 
-def pad_alike(*texts):
-    """Tensors (b, T) → the same, padded with zeros to the longest T of all processes."""
-    T = texts[0].shape[1]
-    if world() > 1:
-        longest = torch.tensor(T, device=texts[0].device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        T = int(longest)  # the host waits: processes exchange sizes
-    return [F.pad(x, (0, T - x.shape[1])) for x in texts]
+def pad_alike(x):
+    """x (…, T) → the same, padded with zeros to the longest T of all processes."""
+    if world() == 1:
+        return x
+    longest = torch.tensor(x.shape[-1], device=x.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return F.pad(x, (0, int(longest) - x.shape[-1]))  # the host waits: processes exchange sizes
 
 
 def exchange(x, drawn):

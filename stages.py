@@ -318,8 +318,8 @@ class VL(Stage):
             out["probability"] = (hard_image + hard_text) / 2
             out["pairs"] = len(same) + out["image exists"].sum() + out["text exists"].sum()
             out["wrong image"] = losses.exchange(batch["image"], drawn_image)
-            both = torch.stack(losses.pad_alike(batch["text"], batch["mask"].long()), dim=1)  # (b, 2, T)
-            out["wrong text"], wrong_mask = losses.exchange(both, drawn_text).unbind(1)
+            both = torch.stack([batch["text"], batch["mask"].long()], dim=1)  # (b, 2, T)
+            out["wrong text"], wrong_mask = losses.exchange(losses.pad_alike(both), drawn_text).unbind(1)
             out["wrong mask"] = wrong_mask.bool()
         return out
 
