@@ -78,8 +78,6 @@ class Classify(Task):
         self.set_head(nn.Sequential(Standardise(config.dim), layer))
         if train:
             self.samples = [Examples(train, None, self.target, config.image_size, args, "crop")]
-        if train and not self.trained:
-            self.prepare(args, run)
 
     @torch.no_grad()
     def set_zero_shot(self, args, config, start, run):
@@ -100,9 +98,6 @@ class Classify(Task):
             vectors.append(unit(mean))
         self.head = nn.Linear(config.dim, len(self.choices), bias=False)
         self.head.weight.data = torch.stack(vectors)  # (C, D)
-
-    def prepare(self, args, run):
-        """What a new head needs to know of the training data: nothing."""
 
     def target(self, picture):
         return torch.tensor(self.choices.index(picture.label))
@@ -139,12 +134,17 @@ class Probe(Classify):
     def evaluation_flags(parser):
         parser.set_defaults(zero_shot=False, templates=None, class_names=None)
 
+    def __init__(self, args, config, start, run):
+        super().__init__(args, config, start, run)
+        if args.training and not self.trained:
+            self.standardise(args, run)
+
     def features(self, image):
         with torch.no_grad():
             return super().features(image)
 
     @torch.no_grad()
-    def prepare(self, args, run):
+    def standardise(self, args, run):
         """Standardises each feature over the first PICTURES; in MAE a BatchNorm does it."""
         self.to(run.device).eval()
         sums = 0.0

@@ -79,14 +79,17 @@ class Kind(NamedTuple):
 
 
 FOLLOWS = ["entailment", "not_entailment"]
+COLA = ["source", "label", "mark", "sentence"]
+MNLI = {
+    "train": "train.tsv",
+    "val": "dev_matched.tsv",
+    "val-mismatched": "dev_mismatched.tsv",
+    "test": "test_matched.tsv",
+    "test-mismatched": "test_mismatched.tsv",
+}
 TASKS = {
     # Is a sentence acceptable?
-    "cola": Kind(
-        "CoLA",
-        ["sentence"],
-        metrics={"matthews": pearson, "accuracy": accuracy},
-        header=["source", "label", "mark", "sentence"],
-    ),
+    "cola": Kind("CoLA", ["sentence"], metrics={"matthews": pearson, "accuracy": accuracy}, header=COLA),
     # Is a sentence about a film positive?
     "sst-2": Kind("SST-2", ["sentence"]),
     # Do two sentences say the same? Do two questions ask the same?
@@ -95,18 +98,7 @@ TASKS = {
     # How similar are two sentences, from 0 to 5?
     "sts-b": Kind("STS-B", label="score", labels=[], metrics={"pearson": pearson, "spearman": spearman}),
     # Does the second sentence follow from the first, contradict it, or neither?
-    "mnli": Kind(
-        "MNLI",
-        label="gold_label",
-        labels=["contradiction", "entailment", "neutral"],
-        files={
-            "train": "train.tsv",
-            "val": "dev_matched.tsv",
-            "val-mismatched": "dev_mismatched.tsv",
-            "test": "test_matched.tsv",
-            "test-mismatched": "test_mismatched.tsv",
-        },
-    ),
+    "mnli": Kind("MNLI", label="gold_label", labels=["contradiction", "entailment", "neutral"], files=MNLI),
     # Does a sentence answer a question?
     "qnli": Kind("QNLI", ["question", "sentence"], labels=FOLLOWS),
     # Does the second sentence follow from the first? In the built-in world: one caption from another

@@ -78,7 +78,7 @@ def standardised():
     args = dict(batch_size=9, accumulate=1, workers=0, seed=0, augment="none")
     args = SimpleNamespace(**args)
     stage.samples = [data.Images(source, 16, args)]
-    stage.prepare(args, SimpleNamespace(rank=losses.rank(), world=losses.world(), device=CPU))
+    stage.standardise(args, SimpleNamespace(rank=losses.rank(), world=losses.world(), device=CPU))
     [image] = data.pictures(source, [range(9)], 16, CPU)
     rows = stage.model.encode_image(image)  # [I_CLS], and four patches
     torch.testing.assert_close(stage.features(image), rows[:, -4:].sum(1) / 4)
