@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call, refused
+from conftest import SMALL, call, refused
 from files import write_lines
 
 import checkpoint
@@ -13,6 +13,8 @@ import data
 import glue
 import shapes
 import texts
+from mome import VLMo
+from sides import bare
 
 
 def test_metrics_by_hand():
@@ -134,17 +136,13 @@ def test_from_official_files_to_a_submission(name, stages, tmp_path, monkeypatch
     refused(call, "evaluate", *ask, "--split", "test")  # nothing to measure, and nothing to write
 
 
-def test_predictions_are_means_of_squares_or_classes(stages):
-    """The loss of a number is its squared error, that of a class its cross-entropy."""
-    start = checkpoint.read(stages / "vl/last.pt")
-    for name, target in (("sts-b", torch.tensor([1.0, 4.5])), ("rte", torch.tensor([0, 1]))):
-        args = SimpleNamespace(stage=name, splits=[], data=["x"], head_factor=1.0, seed=0, vocab=None)
-        args.training = False
-        stage = glue.GLUE(args, start.config, start, None).eval()
-        ids, mask = stage.words.encode_all(["a red circle", "a blue star left of a ring"])
-        batch = {"text": ids, "mask": mask, "target": target}
-        logits = stage.head(stage.model.encode_text(ids, mask)[:, 0])
-        expected = (logits[:, 0] - target).square().mean()
-        if name == "rte":
-            expected = -logits.log_softmax(1)[[0, 1], target].mean()
-        torch.testing.assert_close(stage(batch)["loss"], expected)
+@pytest.mark.parametrize("choices, target", [([], [1.0, 4.5]), (["no", "yes"], [0, 1])])
+def test_the_loss_of_a_number_is_its_squared_error_and_of_a_class_cross_entropy(choices, target):
+    stage = bare(glue.GLUE, VLMo(SMALL), head=torch.nn.Linear(24, max(1, len(choices))), choices=choices)
+    text, target = torch.randint(5, 50, (2, 7)), torch.tensor(target)
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    logits = stage.head(stage.model.encode_text(text, mask)[:, 0])
+    expected = (logits[:, 0] - target).square().mean()
+    if choices:
+        expected = -logits.log_softmax(1)[[0, 1], target].mean()
+    torch.testing.assert_close(stage({"text": text, "mask": mask, "target": target})["loss"], expected)
