@@ -100,7 +100,7 @@ def test_the_best_step_is_kept_when_a_killed_run_resumes(start, tmp_path, monkey
     assert accuracies == [(1, 10), (2, 30), (3, 20), (3, 0)]
 
 
-def test_nlvr2_on_two_processes_is_as_on_one_and_writes_what_metrics_py_reads(start, processes, tmp_path, capsys):
+def test_nlvr2_on_two_processes_is_as_on_one_and_has_its_csv(start, processes, tmp_path, capsys):
     for split in ("train", "dev", "test1"):
         nlvr2(tmp_path / "data", split, f"{split}.json")
     run = ["--task", "nlvr2", "--init", start, "--batch-size", 2, "--epochs", 2, "--data", tmp_path / "data"]
