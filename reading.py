@@ -9,7 +9,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from runtime import UserError
+from runtime import UserError, first_line
 
 # ---- Text ----------------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ def malformed(where):
     try:
         yield
     except MALFORMED as error:
-        raise UserError(f"{where} is damaged or not as published ({type(error).__name__}: {error})") from None
+        raise UserError(f"{where} is damaged or not as published ({type(error).__name__}: {first_line(error)})") from None
 
 
 def official_records(path, name):

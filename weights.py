@@ -22,14 +22,14 @@ from torch import nn
 
 import checkpoint
 import runtime
-from checkpoint import DAMAGED, group, groups
+from checkpoint import DAMAGED, groups
 from mome import CONFIGS, Config, VLMo, classifier
 from reading import malformed
 from runtime import UserError
 from texts import load_tokenizer
 from vqa import released_answers
 
-# ---- Names: our tensor or module → the file's ----------------------------------------------------
+# ---- Names: our tensor or module → the file's; * is the number of a layer ------------------------
 
 TABLE = "relative_position_bias_table"
 TEXT_POSITION = "text_embeddings.position_embeddings.weight"
@@ -39,38 +39,30 @@ IMAGE = {
     "patches": "patch_embed.proj",
     "image_position": "pos_embed",
     "relative_table": TABLE,
+    "blocks.*.norm": "blocks.*.norm1",
+    "blocks.*.attention.query.shared.weight": "blocks.*.attn.qkv.weight",  # all three in one, see unpacked
+    "blocks.*.attention.key.shared.weight": "blocks.*.attn.qkv.weight",
+    "blocks.*.attention.value.shared.weight": "blocks.*.attn.qkv.weight",
+    "blocks.*.attention.query.shared.bias": "blocks.*.attn.q_bias",
+    "blocks.*.attention.value.shared.bias": "blocks.*.attn.v_bias",
+    "blocks.*.attention.out.shared": "blocks.*.attn.proj",
+    "blocks.*.attention_branch.gamma": "blocks.*.gamma_1",
+    "blocks.*.expert_branch.gamma": "blocks.*.gamma_2",
 }
-BLOCK = {
-    "norm": "norm1",
-    "attention.query.shared.weight": "attn.qkv.weight",  # all three in one, see unpacked
-    "attention.key.shared.weight": "attn.qkv.weight",
-    "attention.value.shared.weight": "attn.qkv.weight",
-    "attention.query.shared.bias": "attn.q_bias",
-    "attention.value.shared.bias": "attn.v_bias",
-    "attention.out.shared": "attn.proj",
-    "attention_branch.gamma": "gamma_1",
-    "expert_branch.gamma": "gamma_2",
-}
-BEIT_BLOCK = BLOCK | {"experts.vision.norm": "norm2", "experts.vision": "mlp"}
-VLMO_BLOCK = BLOCK | {
-    "experts.vision.norm": "norm2_imag",
-    "experts.vision": "mlp_imag",
-    "experts.language.norm": "norm2_text",
-    "experts.language": "mlp_text",
-    "experts.vl.norm": "norm2_vl",
-    "experts.vl": "mlp_vl",
-}
-VLMO = {
-    "image_cls": "transformer.cls_token",
-    "patches": "transformer.patch_embed.proj",
-    "image_position": "transformer.pos_embed",
-    "norm": "transformer.norm",
+BEIT = IMAGE | {"blocks.*.experts.vision.norm": "blocks.*.norm2", "blocks.*.experts.vision": "blocks.*.mlp"}
+VLMO = IMAGE | {
+    "blocks.*.experts.vision.norm": "blocks.*.norm2_imag",
+    "blocks.*.experts.vision": "blocks.*.mlp_imag",
+    "blocks.*.experts.language.norm": "blocks.*.norm2_text",
+    "blocks.*.experts.language": "blocks.*.mlp_text",
+    "blocks.*.experts.vl.norm": "blocks.*.norm2_vl",
+    "blocks.*.experts.vl": "blocks.*.mlp_vl",
+    "norm": "norm",
     "words": "text_embeddings.word_embeddings",
     "word_types": "text_embeddings.token_type_embeddings.weight",  # row 0 is added to all words
     "text_norm": "text_embeddings.LayerNorm",
     "text_position": TEXT_POSITION,
     "types": "token_type_embeddings.weight",
-    "relative_table": TABLE,
     "itc_image": "itc_image_proj.fc",
     "itc_text": "itc_text_proj.fc",
     "logit_scale": "logit_scale",
@@ -82,11 +74,6 @@ VLMO = {
     "mlm_head.3.bias": "mlm_score.bias",
 }
 TASKS = {"vqa": 1, "nlvr2": 2}  # {task: how many vectors of [T_CLS] its classifier reads}
-
-# Groups that a file may lack, each set as a whole
-VLMO_OPTIONAL = [{"itc_image", "itc_text", "logit_scale"}, {"itm_head"}, {"mlm_head"}]
-VLMO_OPTIONAL += [{"blocks.*.experts.vl"}]
-BEIT_OPTIONAL = [checkpoint.OPTIONAL | {"types"}, {"norm"}]
 
 # What is left behind: a contrastive branch that is not in the paper, indices, positions that
 # relative files do not use, BEiT's own heads
@@ -100,22 +87,15 @@ NAMES = {768: "base", 544: "base_plus", 1024: "large"}  # the published sizes by
 REACH = 196  # how many text positions their tables tell apart
 
 
-def block_names(names, prefix, layers):
-    """{our name in a block: the file's} → {our whole name: the file's}, of all blocks."""
-    whole = {}
-    for i in range(layers):
-        for ours, theirs in names.items():
-            whole[f"blocks.{i}.{ours}"] = f"{prefix}blocks.{i}.{theirs}"
-    return whole
-
-
 def name_in_file(name, names):
     """The file's name of our tensor, found by the smallest module around it in `names`. Or None."""
-    parts = name.split(".")
+    layer = re.match(r"blocks\.(\d+)", name)
+    parts = re.sub(r"^blocks\.\d+", "blocks.*", name).split(".")
     for end in range(len(parts), 0, -1):
         module = ".".join(parts[:end])
         if module in names:
-            return ".".join([names[module], *parts[end:]])
+            found = ".".join([names[module], *parts[end:]])
+            return found.replace("*", layer[1]) if layer else found
     return None
 
 
@@ -181,14 +161,15 @@ def build(released, path, image_size=None, device="cpu"):
 
 def read_vlmo(state, heads=None, reach=REACH):
     """The state dict of a VLMo file → Released."""
-    layers, image_rows = count_blocks(state, r"transformer\.blocks\.(\d+)\."), None
+    state = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
+    layers, image_rows = count_blocks(state, r"blocks\.(\d+)\."), None
     if TABLE in state:
         rows, columns = state[TABLE].shape  # R, H·L
         heads, image_rows = columns // max(layers, 1), rows - 2 * reach - 2
-    config = architecture(state, "transformer.", layers, heads, image_rows)
+    config = architecture(state, layers, heads, image_rows)
     config = dataclasses.replace(
         config,
-        vl_layers=count_blocks(state, r"transformer\.blocks\.(\d+)\.mlp_vl\.") or config.vl_layers,
+        vl_layers=count_blocks(state, r"blocks\.(\d+)\.mlp_vl\.") or config.vl_layers,
         vocab_size=len(state["text_embeddings.word_embeddings.weight"]),
         max_text_len=len(state[TEXT_POSITION]),
         text_reach=reach,
@@ -201,8 +182,7 @@ def read_vlmo(state, heads=None, reach=REACH):
         if task:
             outputs = len(state[f"{task}_classifier.3.bias"])
             wanted.head = classifier(config, TASKS[task] * config.dim, outputs)
-    names = VLMO | block_names(VLMO_BLOCK, "transformer.", layers) | {"head": f"{task}_classifier"}
-    tensors, ignored = translate(state, names, wanted, VLMO_OPTIONAL, VLMO_IGNORED)
+    tensors, ignored = translate(state, VLMO | {"head": f"{task}_classifier"}, wanted, VLMO_IGNORED)
     added_to_words = "text_position" if image_rows is None else "words.weight"
     tensors[added_to_words] = tensors[added_to_words] + tensors.pop("word_types")[0]
 
@@ -233,11 +213,10 @@ def read_beit(state, heads=None):
         text_table = torch.zeros(2 * REACH + 2, layers * heads)
         others = {key: tensor for key, tensor in state.items() if key not in tables}
         state = others | {TABLE: torch.cat([image_table, text_table])}  # R, H·L
-    config = architecture(state, "", layers, heads, image_rows)
+    config = architecture(state, layers, heads, image_rows)
     with torch.device("meta"):
         wanted = VLMo(config)
-    names = IMAGE | block_names(BEIT_BLOCK, "", layers) | ({"norm": "norm"} if is_vit else {})
-    tensors, ignored = translate(state, names, wanted, BEIT_OPTIONAL, BEIT_IGNORED)
+    tensors, ignored = translate(state, BEIT | ({"norm": "norm"} if is_vit else {}), wanted, BEIT_IGNORED)
     tensors["types"] = torch.zeros(3, config.dim)
     if is_vit:
         return Released(config, "image", tensors, ignored, fresh=("types",))
@@ -255,15 +234,15 @@ def without_key_biases(state, layers):
     return state
 
 
-def architecture(state, prefix, layers, heads, image_rows):
+def architecture(state, layers, heads, image_rows):
     """The Config of a file's trunk. image_rows: of the relative table; None: absolute positions."""
-    dim = state[f"{prefix}cls_token"].shape[-1]
-    patch = state[f"{prefix}patch_embed.proj.weight"].shape[-1]
+    dim = state["cls_token"].shape[-1]
+    patch = state["patch_embed.proj.weight"].shape[-1]
     published = CONFIGS[NAMES.get(dim, "base")]
     if heads is None and dim not in NAMES:
         raise ValueError(f"the number of heads is not known for a width of {dim}")
     if image_rows is None:
-        side = math.isqrt(state[f"{prefix}pos_embed"].shape[1] - 1)  # without [I_CLS]
+        side = math.isqrt(state["pos_embed"].shape[1] - 1)  # without [I_CLS]
     else:
         side = (math.isqrt(image_rows - 3) + 1) // 2  # (2·side − 1)² offsets, 3 rows of [I_CLS]
     return dataclasses.replace(
@@ -286,30 +265,19 @@ def count_blocks(state, pattern):
     return len({match[1] for match in matches if match})
 
 
-def translate(state, names, wanted, optional, ignored):
+def translate(state, names, wanted, ignored):
     """A file's tensors → {our name: tensor}, float32, and {ignored name: number of parameters}.
 
     names: {our name: the file's}. wanted: a VLMo and what else the file has, on device "meta".
-    optional: sets of groups that the file may lack. ignored: a pattern of the file's names.
-    ValueError that names what is missing, of another shape, or left over.
+    ignored: a pattern of the file's names. ValueError that names what is left over. What is missing, or
+    of another shape, checkpoint.fit refuses.
     """
-    tensors, missing, used = {}, {}, set()
-    for name, tensor in wanted.state_dict().items():
+    tensors, used = {}, set()
+    for name in wanted.state_dict():
         key = name_in_file(name, names)
-        if key not in state:
-            missing[name] = key
-            continue
-        used.add(key)
-        tensors[name] = unpacked(name, state[key]).float()
-        if tensors[name].shape != tensor.shape:
-            shapes = f"{tuple(state[key].shape)}, where {name} is {tuple(tensor.shape)}"
-            raise ValueError(f"{key} has shape {shapes}")
-    present = set(groups(tensors))
-    may_lack = set().union(*(whole for whole in optional if not whole & present))
-    for name, key in missing.items():
-        if group(name) not in may_lack:
-            raise ValueError(f"it lacks {key}")
-
+        if key in state:
+            used.add(key)
+            tensors[name] = unpacked(name, state[key]).float()
     parameters = collections.Counter()  # of all layers together
     for key in state:
         if key not in used:
