@@ -63,7 +63,7 @@ HARMLESS = {"out", "save_every", "log_every", "eval_every", "keep_previous", "wo
 HARMLESS |= {"processes", "accumulate"}
 
 DAMAGED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, EOFError, OSError)
-DAMAGED += (pickle.UnpicklingError, struct.error)  # what torch.load raises on a file that is no checkpoint
+DAMAGED += (pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error)  # what broken files raise
 
 
 class Checkpoint:
@@ -138,32 +138,28 @@ class Checkpoint:
         self.tensors = self.head = self.extra = self.optimizer = None
 
 
-def refuse_damaged(path):
-    """UserError if a file that torch.save wrote has changed since: its archive has a CRC of each
-    part, which torch.load does not look at."""
-    if not zipfile.is_zipfile(path):
-        return
+def load(path, mmap=False):
+    """What torch.save wrote to a file. UserError if the file is missing, holds more than tensors and
+    plain values (which could run any code), or has changed since: its archive has a CRC of each part,
+    which torch.load does not look at. mmap: maps the file into memory instead of copying it."""
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
+    archived = zipfile.is_zipfile(path)  # until PyTorch 1.6 it was another format
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, EOFError) as error:
-        broken = runtime.first_line(error)
-    if broken:
+        if archived:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise zipfile.BadZipFile
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and archived)
+    except DAMAGED:
         previous = Path(path).with_name("previous.pt")
-        advice = f": {previous} is the one before it" if previous.exists() else ": take another one"
-        raise UserError(f"{path} is damaged ({broken}){advice}")
+        advice = f"; {previous} is the one before it" if previous.exists() else ""
+        raise UserError(f"{path} is damaged, or holds more than tensors{advice}") from None
 
 
 def read(path, resumed=False):
-    """Reads a file. UserError if it is missing, damaged, or something else."""
-    if not Path(path).is_file():
-        raise UserError(f"there is no file {path}")
-    refuse_damaged(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except DAMAGED:
-        raise UserError(f"{path} is not a checkpoint of this project, or is damaged") from None
-    return Checkpoint(path, content, resumed)
+    """The checkpoint in a file."""
+    return Checkpoint(path, load(path), resumed)
 
 
 def save(path, stage, args, run, step, record, optimizer=None, scaler=None):

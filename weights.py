@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import math
 import re
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from torch import nn
 
 import checkpoint
 import runtime
-from checkpoint import DAMAGED, groups
+from checkpoint import groups
 from mome import CONFIGS, Config, VLMo, classifier
 from reading import malformed
 from runtime import UserError
@@ -303,17 +302,8 @@ def unpacked(name, tensor):
 
 
 def read_file(path):
-    """The tensors of a released file by name, mapped into memory instead of copied. UserError if it
-    holds none, or needs more than torch.load(weights_only=True): pickles can run any code."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    checkpoint.refuse_damaged(path)
-    mapped = zipfile.is_zipfile(path)  # torch.save wrote another format until PyTorch 1.6
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except DAMAGED:
-        reason = "is damaged, or holds more than tensors, which could run any code"
-        raise UserError(f"{path} {reason}") from None
+    """The tensors of a released file by name. UserError if it holds none."""
+    content = checkpoint.load(path, mmap=True)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no tensors by name")
     for name in ("state_dict", "module", "model"):
