@@ -93,7 +93,8 @@ def malformed(where):
     try:
         yield
     except MALFORMED as error:
-        raise UserError(f"{where} is damaged or not as published ({type(error).__name__}: {first_line(error)})") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{where} is damaged or not as published ({reason})") from None
 
 
 def official_records(path, name):

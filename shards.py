@@ -60,7 +60,7 @@ def sample_key(member):
 
 
 def sample_captions(path, tar, sample):
-    """The caption of a sample {ending: member}: a list of one, or of none."""
+    """The captions of a sample {ending: member}: one, or none."""
     member = sample.get(".txt") or sample.get(".json")
     if not member:
         return []

@@ -69,9 +69,18 @@ class Side:
     """One way to compute a step, which a call does: a stage, its optimizer, its batches."""
 
     def __init__(
-        self, name, b, run, kind="stage vl", full=False, parts=1, ahead=True,
-        recompute=False, compile=False, **fields,
-    ):  # fmt: skip
+        self,
+        name,
+        b,
+        run,
+        kind="stage vl",
+        full=False,
+        parts=1,
+        ahead=True,
+        recompute=False,
+        compile=False,
+        **fields,
+    ):
         """kind: as in stage_of. full: with texts of full length. parts: of the step; ahead: whether they
         see each other. fields: of the Config."""
         torch.manual_seed(0)
@@ -88,7 +97,7 @@ class Side:
         columns = []
         for batch in batches:
             split = [dict(zip(batch, rows)) for rows in zip(*(x.chunk(parts) for x in batch.values()))]
-            split = split if kind == "textbook" else with_counts(split)  # which cuts texts to the longest
+            split = split if kind == "textbook" else with_counts(split)  # a textbook pads to full length
             columns.append([to_device(part, run.device) for part in split])
         self.parts = list(zip(*columns))
         self.stage.to(run.device).train()

@@ -74,8 +74,8 @@ class Stage(nn.Module):
         return [split for split in ("val", "test") if split in self.sources]
 
     def draw(self, device):
-        """Pictures of what has been learned, which the end of a run writes: {file name: RGB image}. There
-        is a split to measure on."""
+        """Pictures of what has been learned, which the end of a run writes: {file name: RGB image}.
+        Called only if there is a split to measure on."""
         return {}
 
     def look_ahead(self, parts):

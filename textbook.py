@@ -83,8 +83,10 @@ class Textbook(Stage):
 
 
 def attention(layer, x, kind, T, keys, bias):
-    """P·v with the probabilities P = softmax(q·k/√(D/H) + bias), as it is written → (b, S, D), and P (b,
-    H, S, S). layer: an Attention. keys (b, 1, 1, S), True = may be read."""
+    """P·v with P = softmax(q·k/√(D/H) + bias), as it is written → (b, S, D), and P itself (b, H, S, S).
+
+    layer: an Attention. keys (b, 1, 1, S), True = may be read.
+    """
     q, k, v = (router(x, kind, T) for router in (layer.query, layer.key, layer.value))  # (b, S, D)
     q, k, v = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for y in (q, k, v))
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (b, H, S, S)

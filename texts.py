@@ -229,7 +229,7 @@ def text_files(paths):
     found = []
     for path in map(Path, paths):
         if not (path.is_dir() or path.is_file()):
-            raise UserError(f"{path}: no such file or folder (a pipe could be read only once)")
+            raise UserError(f"{path} does not exist, or is no regular file or folder")
         files = list(files_below(path, (".txt",))) if path.is_dir() else [str(path)]
         if not files:
             raise UserError(f"{path}: plain text is needed, and there is no *.txt below")

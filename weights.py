@@ -268,8 +268,8 @@ def translate(state, names, wanted, ignored):
     """A file's tensors → {our name: tensor}, float32, and {ignored name: number of parameters}.
 
     names: {our name: the file's}. wanted: a VLMo and what else the file has, on device "meta".
-    ignored: a pattern of the file's names. ValueError that names what is left over. What is missing, or
-    of another shape, checkpoint.fit refuses.
+    ignored: a pattern of the file's names. ValueError that names what is left over; what is missing
+    or of another shape is for checkpoint.fit to refuse.
     """
     tensors, used = {}, set()
     for name in wanted.state_dict():
