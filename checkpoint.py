@@ -69,8 +69,8 @@ DAMAGED += (pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error
 class Checkpoint:
     """A checkpoint in memory. UserError if the content is not one of this project and version.
 
-    stage: the stage or task that wrote it. step, args: of its run (settings). config: a Config, or of
-    stage dvae the fields of its own. tensors, head: of the model and of what later stages leave
+    stage: the stage or task that wrote it. step, args: of its run, see settings(). config: a Config,
+    or of stage dvae the fields of its own. tensors, head: of the model and of what later stages leave
     behind. tokenizer: or None. extra: what the stage keeps besides, such as the answers of VQA.
     resumed: whether the run goes on, or another one begins from it.
     """
@@ -115,11 +115,14 @@ class Checkpoint:
             raise UserError(f"{self.path} holds no run that can be continued like this: {advice}") from None
         for group, factor in zip(optimizer.param_groups, factors):
             group["factor"] = factor
+        if args.steps < self.step:
+            raise UserError(f"{self.path} is at step {self.step}, beyond --steps {args.steps}")
         changed = {}
         for name, now in settings(stage, args, run)["args"].items():
             before = self.args.get(name, now)
             if now != before and name not in ("resume", "allow_changes"):
-                changed[name] = f"{name} {before} → {now}"
+                flag = name if name in ("processes", "samples") else f"--{name.replace('_', '-')}"
+                changed[name] = f"{flag} {before} → {now}"
         told = ", ".join(changed.values())
         # Local negatives are those of one process
         harmless = HARMLESS - {"processes"} if stage.negatives == "local" else HARMLESS
@@ -139,16 +142,20 @@ class Checkpoint:
 
 
 def load(path, mmap=False):
-    """What torch.save wrote to a file. UserError if the file is missing, holds more than tensors and
-    plain values (which could run any code), or has changed since: its archive has a CRC of each part,
-    which torch.load does not look at. mmap: maps the file into memory instead of copying it."""
+    """What torch.save wrote to a file. UserError if the file is missing, has changed since, or holds
+    more than tensors and plain values: reading other objects could run any code.
+
+    Its archive has a CRC of each part, which torch.load does not look at. mmap: maps the file into
+    memory instead of copying it.
+    """
     if not Path(path).is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"{path} does not exist, or is a folder")
     archived = zipfile.is_zipfile(path)  # until PyTorch 1.6 it was another format
     try:
         if archived:
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
+                packed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
+                if packed or archive.testzip():  # what is packed cannot be mapped
                     raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and archived)
     except DAMAGED:

@@ -6,6 +6,7 @@ Shape letters: N patches, S side of an image in pixels.
 import io
 import math
 import struct
+import warnings
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ class Unreadable(UserError):
 
 # What Pillow raises on broken files, depending on their format
 UNREADABLE = (*MALFORMED, SyntaxError, struct.error, Image.DecompressionBombError)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice as large is an error
 GRAY = (128, 128, 128)
 
 
@@ -52,7 +54,7 @@ def read_image(path, view=None, at=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except UNREADABLE as error:
-        reason = str(error).partition(" <")[0]  # without the name of the bytes in memory
+        reason = str(error).partition(" <")[0]  # without Pillow's name of the BytesIO
         raise Unreadable(f"{path} cannot be read: {reason}") from None
 
 
@@ -65,6 +67,8 @@ def to_8_bit(image):
     """An image of one channel with other values than 0 … 255 → the same from black to white."""
     values = np.asarray(image, dtype=np.float64)
     low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():
+        raise ValueError("its values are not finite")
     return Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-300)))
 
 

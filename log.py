@@ -20,8 +20,8 @@ class Log:
     and over processes.
 
     Values stay on the device until a line is written. Resuming after step `done` drops later lines.
-    saved: the step of the last checkpoint; 0: there is none. in_a_row: how many updates fp16 has skipped
-    since the last that it made.
+    saved: the step of the last checkpoint; 0: there is none. in_a_row: how many updates in a row fp16
+    has skipped.
     """
 
     def __init__(self, out, args, run, stage, loader, done=0, record=-math.inf):
@@ -76,7 +76,9 @@ class Log:
             values["gradient norm"] *= steps / max(steps - skipped, 1)
         for name, value in [*values.items(), ("the norm of all parameters", size)]:
             if not math.isfinite(value):
-                advice = f"try a lower --lr (the last checkpoint is of step {self.saved})"
+                advice = "try a lower --lr"
+                if self.saved:
+                    advice += f", with --resume --allow-changes (last.pt is of step {self.saved})"
                 raise UserError(f"{name} is {value} between steps {self.step + 1} and {step}: {advice}")
         self.in_a_row = self.in_a_row + steps if skipped == steps else 0
         if self.in_a_row >= 100:

@@ -130,7 +130,11 @@ class Runtime:
             keep_memory()
         if self.world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=WHILE_READING)
+            try:
+                dist.init_process_group(backend, timeout=WHILE_READING)
+            except (dist.DistError, ValueError) as error:  # ValueError: no rank, address or port
+                advice = "start all of them, best with torchrun"
+                raise UserError(f"{self.world} processes did not meet ({first_line(error)}): {advice}") from None
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.autocast = functools.partial(torch.autocast, self.device.type, self.dtype, enabled=self.dtype is not None)
 
@@ -194,7 +198,7 @@ class Signals:
 
     def __init__(self, run):
         self.caught = 0
-        self.group = dist.new_group(backend="gloo") if run.world > 1 else None  # of hosts, not devices
+        self.group = dist.new_group(backend="gloo") if run.world > 1 else None  # no device has to wait
         self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def close(self):
@@ -326,7 +330,7 @@ def once_per_node(fill, read):
     local = int(os.environ.get("LOCAL_RANK", 0)) if together else 0
     with contextlib.ExitStack() as stack:
         folders = everyone(lambda: None if local else filled_folder(fill, stack))
-        first = dist.get_rank() - local if together else 0  # the process of this node that filled one
+        first = dist.get_rank() - local if together else 0  # filled this node's: torchrun numbers its processes in a row
         answer = read(Path(folders[first]))
         if together:
             dist.barrier()

@@ -51,9 +51,9 @@ def read_pictures(args, image_size, captions=False, paths=None):
 
 
 def pictures(paths, split, image_size, captions=False, excluded=None):
-    """The source of pictures that --data names: the built-in world, or one or more folders; of training, all
-    must have it. captions: they must have captions. excluded: names of files that training leaves
-    out.
+    """The source of pictures that --data names: the built-in world, or one or more folders; of
+    training, all must have it. captions: they must have captions. excluded: names of files that
+    training leaves out.
 
     UserError, before any work, for missing files; Absent if no folder has the split.
     """
@@ -159,11 +159,13 @@ def refuse_missing(records, split):
 
 
 def list_folder(folder):
-    """The names in a folder; none if there is no such folder, or this user may not list it."""
+    """The names in a folder; none if there is no such folder."""
     try:
         return set(os.listdir(folder or "."))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return set()
+    except OSError as error:
+        reading.refuse(error)
 
 
 # ---- Files of captions ---------------------------------------------------------------------------
@@ -211,7 +213,8 @@ def table_rows(path):
             where = f"{path}, line {rows.line_num}"
             image, caption = row.get("filepath", row.get("image")), row.get("title", row.get("caption"))
             if image is None or caption is None or None in row:  # None: what has no column
-                raise UserError(f"{where} does not fit a header with filepath and title (or image, caption)")
+                needed = "filepath and title (or image and caption) are needed"
+                raise UserError(f"{where}: {needed}, and no more columns than the header has")
             yield path_below(folder, image, where), caption
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.reader.line_num}: {error}") from None

@@ -55,6 +55,8 @@ class Image(Stage):
 
         # A checkpoint of this stage holds its own tokenizer of images, and a head for its codes
         keeps = start and "dvae" in start.extra and (start.resumed or not args.dvae)
+        if keeps and start.resumed and args.dvae != start.args["dvae"]:
+            raise UserError(f"--dvae: {start.path} goes on with the one it was trained with")
         kept = start.extra["dvae"] if keeps else dvae.read(args.dvae or "runs/dvae/last.pt")
         self.dvae = dvae.build(kept)
         if self.dvae.config.grid != self.side:

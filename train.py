@@ -56,6 +56,9 @@ def parse(stages, option, default, description):
     chosen, _ = first.parse_known_args()
     name = chosen.stage or default
     out = chosen.out or f"runs/{name}"
+    for path in (Path(out), *Path(out).parents):
+        if path.is_file():
+            raise UserError(f"--out {out}: {path} is a file")
     start, last = None, Path(out, "last.pt")
     if chosen.resume and last.exists():
         start = checkpoint.read(last, resumed=True)

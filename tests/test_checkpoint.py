@@ -1,7 +1,9 @@
 """Checkpoints: the groups of tensors, the file, and what one model takes from another."""
 
 import copy
+import io
 import re
+import zipfile
 import zlib
 from dataclasses import replace
 from types import SimpleNamespace
@@ -186,7 +188,11 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "x.pt"
     saved(path)
     whole, content = path.read_bytes(), torch.load(path, weights_only=True)
-    files = [b"", b"hello", b"PK\x03\x04 broken", b"\x80\x02}q\x00.", whole[:2000]]
+    packed = io.BytesIO()  # could not be mapped into memory
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name))
+    files = [b"", b"hello", b"PK\x03\x04 broken", b"\x80\x02}q\x00.", whole[:2000], packed.getvalue()]
     without_head = {name: content[name] for name in content if name != "head"}
     wrong = [{"state_dict": {}}, [1], without_head]
     wrong.append(content | {"extra": tmp_path})  # reading an object may run code

@@ -57,6 +57,8 @@ def test_images_are_seen_as_a_viewer_shows_them(tmp_path):
         Image.fromarray(ramp.astype(kind)).save(tmp_path / name)
         gray = np.asarray(images.read_image(tmp_path / name))[..., 0]
         np.testing.assert_allclose(gray, 255 * np.arange(12).reshape(3, 4) / 11, atol=1)
+    Image.fromarray(np.full((2, 2), np.inf, np.float32)).save(tmp_path / "infinite.tiff")
+    refused(images.read_image, tmp_path / "infinite.tiff", error=images.Unreadable)
 
 
 def test_crops_cover_half_to_all_of_the_picture():

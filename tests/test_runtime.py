@@ -14,6 +14,7 @@ from torch import nn
 
 import log
 import runtime
+import train
 from mome import CONFIGS, VLMo
 from sides import bare
 from stage import Stage
@@ -152,7 +153,9 @@ def ask_process_0():
     run = runtime.Runtime()
     assert run.from_main(lambda: run.rank) == 0
     refused(run.from_main, lambda: runtime.refuse_output("--out", "absent/x"), says="no file")
-    assert runtime.everyone(lambda: run.rank) == [0, 1]
+    start = SimpleNamespace(step=run.rank, resumed=True)
+    with mock.patch.object(runtime, "Runtime", return_value=run):
+        refused(train.start_runtime, SimpleNamespace(amp="off", out="x"), start, says="all nodes")
 
 
 def test_all_processes_have_the_answer_or_the_error_of_the_first(processes):

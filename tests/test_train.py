@@ -143,7 +143,7 @@ def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
     run = ["--out", out, "--resume"]
     call("train", *SIZE, *BRIEF, "--data", folder, "--negatives", "local", "--out", out)
     for flags in (["--lr", 1e-4], ["--steps", 6], ["--batch-size", 4], ["--seed", 1]):
-        refused(call, "train", *run, *flags, says=f"{flags[0][2:].replace('-', '_')} ")
+        refused(call, "train", *run, *flags, says=flags[0])
     for _ in range(2):
         call("train", *run, "--log-every", 2, "--vocab-size", 512)  # which it was at most
     pictures(folder, count=9)
@@ -230,8 +230,9 @@ REFUSED = """
 --stage text | --stage text --init shared.pt | --stage text --init image/last.pt --max-text-len 2
 --stage text --init image/last.pt --data image | --init absent.pt | --init dvae/last.pt
 --init vl/last.pt --dim 64 | --init vl/last.pt --config base | --init vl/last.pt --vocab-size 9
---init vl/last.pt --vocab vocab.txt | --stage text --out vl --resume | --out vl --resume --steps 1
---out vl --resume --mlm-weight 0 | --out image --resume --dvae other.pt
+--init vl/last.pt --vocab vocab.txt | --stage text --out vl --resume
+--out vl --resume --steps 1 --allow-changes | --out vl --resume --mlm-weight 0
+--out image --resume --dvae other.pt --allow-changes
 --stage momo-text --texts absent.txt | --stage momo-text --no-simultaneous --no-cmga
 --stage momo-text --no-simultaneous --data vl | --stage momo-vl --no-simultaneous --texts vl
 --stage momo-image --init vl/last.pt | --stage momo-all --no-simultaneous | --stage momo-all --images vl
@@ -255,7 +256,7 @@ def filled(stages, tmp_path_factory):
 def test_what_does_not_fit_is_refused_before_anything_is_written(flags, filled, monkeypatch):
     monkeypatch.chdir(filled)
     run = [*SIZE[-4:], *BRIEF, "--out", "new", *flags.split()]
-    refused(call, "train", *run, error=(runtime.UserError, OSError))
+    refused(call, "train", *run)
     assert not Path("new").exists()
 
 
