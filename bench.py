@@ -275,6 +275,7 @@ def bench_sizes(name, position, run):
     gradients and AdamW's averages take, in float32, and how many samples an H100 wants."""
     rows = []
     for kind, size, tokens in RUNS:
+        clear()
         drop_path = CONFIGS[name].drop_path
         fields = dict(image_size=size, max_text_len=tokens, position=position, drop_path=drop_path)
         row, memory, work = {"run": kind, "pixels": size, "tokens": tokens}, {}, {}
@@ -287,7 +288,6 @@ def bench_sizes(name, position, run):
                 if not recompute:
                     parameters, work[b] = sum(p.numel() for p in side.trained()), flops(side.backward)
                 del side
-                clear()
             row[column] = (memory[4] - memory[2]) / 2
         more = (work[4] - work[2]) / 2e12
         besides = {"parameters, M": parameters / 1e6, "MB besides": 16 * parameters / 1e6}
