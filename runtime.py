@@ -197,7 +197,7 @@ class Signals:
     second signal after IMPATIENT seconds ends it at once."""
 
     def __init__(self, run):
-        self.caught = 0
+        self.run, self.caught = run, 0
         self.group = dist.new_group(backend="gloo") if run.world > 1 else None  # no device has to wait
         self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGTERM, signal.SIGINT)}
 
@@ -205,6 +205,12 @@ class Signals:
         """From here on signals do again what they did before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def end(self, number, step, out):
+        """Ends a run that was asked to, once process 0 has saved."""
+        self.run.meet()
+        self.close()
+        raise Stopped(number, f"stopped after step {step}: --resume --out {out} goes on")
 
     def catch(self, number, frame):
         if not self.caught:

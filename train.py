@@ -230,9 +230,7 @@ def train(stage, args, run, start=None):
             checkpoint.save(out / "last.pt", stage, args, run, step, log.record, optimizer, scaler)
             log.saved = step
         if stop and not last:
-            run.meet()  # process 0 has saved
-            signals.close()
-            raise runtime.Stopped(stop, f"stopped after step {step}: --resume --out {out} goes on")
+            signals.end(stop, step, out)
 
     signals.close()
     finish(stage, out, args, run, log)
