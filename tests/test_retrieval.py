@@ -1,6 +1,7 @@
 """Ranks and recall on matrices written by hand; search and reranking in blocks, batches and several
 processes."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -154,6 +155,15 @@ def test_reordering_by_hand(monkeypatch):
         assert reranker.reorder(scores, 5, image_asks).argsort(1, descending=True).tolist() == order
     queries, answers = [5, 5, 6, 6, 7, 7, 8, 8], [0, 1, 3, 2, 0, 1, 0, 1]
     assert asked == [(queries, answers), (answers, queries)]
+
+
+def test_similarities_count_as_much_as_they_did_in_training_when_a_few_are_sorted_again():
+    odds = torch.tensor([0.0, 0.5])
+    match = lambda text, mask, image: torch.stack([torch.zeros(2), odds], dim=1)
+    model, pairs = SimpleNamespace(scale=lambda: 10.0, match=match), torch.zeros(2, 3, dtype=torch.int64)
+    scores, pixels = torch.tensor([0.9, 0.1, 0.8]), torch.zeros(2, 3, 4, 4)
+    order, matches = retrieval.reranked(model, [0, 2], scores, pixels, pairs, pairs == 0)
+    assert order == [0, 2] and matches[2] == pytest.approx(1 / (1 + math.exp(-0.5)))  # 9 and 8.5
 
 
 def test_the_log_odds_are_those_of_each_pair():
