@@ -165,7 +165,7 @@ def load(path, mmap=False):
 
 
 def read(path, resumed=False):
-    """The checkpoint in a file."""
+    """The checkpoint in a file. UserError if it cannot be loaded, or is none of this project."""
     return Checkpoint(path, load(path), resumed)
 
 

@@ -336,7 +336,7 @@ def once_per_node(fill, read):
     local = int(os.environ.get("LOCAL_RANK", 0)) if together else 0
     with contextlib.ExitStack() as stack:
         folders = everyone(lambda: None if local else filled_folder(fill, stack))
-        first = dist.get_rank() - local if together else 0  # filled this node's: torchrun numbers its processes in a row
+        first = dist.get_rank() - local if together else 0  # of this node, whose ranks torchrun gives in a row
         answer = read(Path(folders[first]))
         if together:
             dist.barrier()
