@@ -114,6 +114,8 @@ def test_a_run_comes_after_what_it_needs_goes_on_and_begins_anew_if_a_command_ch
     broken = None
     findings.train_all(names, args)
     assert ("image-0", True) in launched and ("dvae-0", False) not in launched
+    broken = "momo-image-0"
+    refused(findings.train_all, ["momo-image", "dvae"], args, says="momo-image")  # next to a finished run
     launched.clear()
     broken = "text-0"
     monkeypatch.setitem(findings.RUNS, "text", findings.RUNS["text"] + " --steps 7")

@@ -70,14 +70,14 @@ def test_relevance_is_attention_times_gradient_followed_through_the_layers(words
             torch.testing.assert_close(found[position], expected)
 
 
-def test_maps_that_point_at_things_win_the_game_and_others_lose():
+def test_maps_that_point_at_things_win_the_game_and_others_lose(words):
     """The first thing is red, the second blue: a map of one of them is right for its own words."""
     words = Words(train_tokenizer(shapes.World("test", 0).corpus, 200), 24)
     config = replace(SMALL, image_size=48)
     world = shapes.World("test", 48)
     things = [inside.patches_inside(world.places(i), config).float() for i in range(10)]  # (things, N) each
 
-    def play(weights):
+    def play(weights, words=words):
         def maps(text, mask, image):
             return next(weights).expand(text.shape[1], -1)
 
@@ -88,6 +88,8 @@ def test_maps_that_point_at_things_win_the_game_and_others_lose():
     lost = play(torch.eye(144)[0] for _ in range(10))
     assert lost["all"] == lost["any thing"] == 0
     assert lost["chance"] == pytest.approx(100 * torch.cat(things).mean().item())
+    stranger = Words(train_tokenizer(lambda: ["собака"], 60), 24)  # knows none of the words
+    assert play((patches[0] for patches in things), stranger) == {}
 
 
 @pytest.mark.parametrize("normalised", [False, True])
