@@ -20,13 +20,13 @@ class Log:
     and over processes.
 
     Values stay on the device until a line is written. Resuming after step `done` drops later lines.
-    saved: the step of the last checkpoint; 0: there is none. in_a_row: how many updates in a row fp16
-    has skipped.
+    saved: the step of the last checkpoint; 0: there is none. applied: how many updates were made;
+    in_a_row: how many fp16 has skipped since.
     """
 
     def __init__(self, out, args, run, stage, loader, done=0, record=-math.inf):
         self.run, self.stage, self.loader, self.args, self.record = run, stage, loader, args, record
-        self.saved, self.in_a_row = done, 0
+        self.saved, self.applied, self.in_a_row = done, done, 0
         self.bar = tqdm(total=args.steps, initial=done, disable=not run.main, unit="step", mininterval=1)
         self.file = None
         if run.main:
@@ -80,8 +80,9 @@ class Log:
                 if self.saved:
                     advice += f", with --resume --allow-changes (last.pt is of step {self.saved})"
                 raise UserError(f"{name} is {value} between steps {self.step + 1} and {step}: {advice}")
+        self.applied += steps - skipped
         self.in_a_row = self.in_a_row + steps if skipped == steps else 0
-        if self.in_a_row >= 100:
+        if self.in_a_row >= 100 or (step == self.args.steps and self.applied == 0):
             raise UserError(f"fp16 has skipped {self.in_a_row} updates in a row: use --amp bf16")
         counts = {"skipped": skipped} if self.args.amp == "fp16" else {}
         rate = {f"{self.stage.unit}_per_s": steps * self.args.batch_size / (time.perf_counter() - self.clock)}

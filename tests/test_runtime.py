@@ -13,6 +13,7 @@ from conftest import RELATIVE, metrics, refused
 from torch import nn
 
 import log
+import losses
 import runtime
 import train
 from mome import CONFIGS, VLMo
@@ -94,14 +95,18 @@ def test_lines_are_means_per_name_over_the_parts_that_have_it(tmp_path, monkeypa
 
 
 def test_what_is_not_finite_ends_the_run_and_a_skipped_fp16_step_does_not(tmp_path):
-    for name in ("itc", "gradient norm"):
-        log = log_in(tmp_path)
+    for amp, name in (("off", "itc"), ("off", "gradient norm"), ("fp16", "itc")):
+        log = log_in(tmp_path, amp=amp)
         log.add({"itc": torch.tensor(1.0)} | {name: torch.tensor(torch.inf)})
         refused(log.write, 1, lr=0.1)
+    log = log_in(tmp_path)
+    log.add({"itc": torch.tensor(1.0)})
+    with mock.patch.object(losses, "over_processes", return_value=[torch.nan, 1.0, 0.0, 0.0, 0.0]):
+        refused(log.write, 1, lr=0.1)  # it is not finite on another process
     log = log_in(tmp_path, done=20)
     log.stage.register_parameter("weight", nn.Parameter(torch.tensor([1.0, torch.nan])))
     log.add({"itc": torch.tensor(1.0)})
-    refused(log.write, 21, lr=0.1, says="of step 20")
+    refused(log.write, 21, lr=0.1, says="last.pt is of step 20")
     log = log_in(tmp_path, amp="fp16")
     for norm in (3.0, torch.inf, 5.0):
         log.end_step(torch.tensor(norm))
@@ -111,6 +116,9 @@ def test_what_is_not_finite_ends_the_run_and_a_skipped_fp16_step_does_not(tmp_pa
     for _ in range(100):
         log.end_step(torch.tensor(torch.nan))
     refused(log.write, 103, lr=0.1)
+    log = log_in(tmp_path, done=39, amp="fp16")  # a resumed run may skip its last step
+    log.end_step(torch.tensor(torch.inf))
+    log.write(40, lr=0.1)
 
 
 def test_a_resumed_run_drops_later_lines_and_that_of_the_test_split(tmp_path):
@@ -147,6 +155,12 @@ def test_what_ends_a_script_is_one_line_and_an_exit_status(error, status, says, 
 def test_an_error_of_the_program_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="another"):
         runtime.run(mock.Mock(side_effect=RuntimeError("another")))
+
+
+def test_a_process_without_its_rank_does_not_wait(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    refused(runtime.Runtime, says="torchrun")
 
 
 def ask_process_0():

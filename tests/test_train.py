@@ -62,7 +62,8 @@ def test_init_starts_from_a_checkpoint_and_an_earlier_run_is_moved_aside(stages,
 
 
 def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch):
-    """In batches of one pair, too, and with recomputed activations."""
+    """In batches of one pair, too, and with recomputed activations. A run of nothing but skipped
+    steps is an error, and saves nothing."""
     real, norms = torch.amp.GradScaler, []
     flags = [*SIZE, *BRIEF, "--batch-size", 1, "--recompute", "--amp", "fp16", "--clip", 0.01]
     for power in (5, 10):
@@ -82,6 +83,8 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch
     lines = metrics(tmp_path / "first")
     assert [line["skipped"] for line in lines[:2]] == [1, 0] and lines[0]["gradient norm"] == 0
     assert checkpoint.read(tmp_path / "first/last.pt").scaler["scale"] == 2.0**5
+    refused(call, "train", *flags, "--steps", 1, "--out", tmp_path / "all")
+    assert not (tmp_path / "all/last.pt").exists()
 
 
 # ---- Resumption, and many processes --------------------------------------------------------------
