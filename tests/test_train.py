@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,21 @@ def test_one_of_two_processes_gets_a_signal_both_stop_and_torchrun_resumes(proce
     assert answer.stdout.count("resuming after step 3") == 1, answer.stderr  # process 0 speaks
     assert_same_run(whole, parts)
     assert checkpoint.read(parts / "previous.pt").step == 3
+
+
+def test_a_stopped_script_has_its_line_and_status(tmp_path):
+    """As a user sees it: the bar is closed before the line."""
+    command = [sys.executable, "train.py", *SIZE, *BRIEF, "--steps", "100000", "--out", tmp_path / "out"]
+    options = dict(cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    with subprocess.Popen(list(map(str, command)), **options) as process:
+        while not (tmp_path / "out/last.pt").exists():
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    step = checkpoint.read(tmp_path / "out/last.pt").step
+    end = f"stopped after step {step}: --resume --out {tmp_path / 'out'} goes on"
+    assert said.endswith(f"\ntrain.py: {end}\n")
 
 
 def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
