@@ -1,5 +1,5 @@
 """Image classification with the vision experts only (Section 4.5, Table 3), and the linear probe of
-MoMo's Section 3.6.
+MoMo's Table 2.
 
 Shape letters: b local batch, N patches, D dim, C classes.
 """
@@ -125,7 +125,7 @@ class Probe(Classify):
     """The linear probe: only the head learns, on standardised features of a frozen encoder."""
 
     architecture = dict(drop_path=0.0)
-    recipe = {  # MoMo's paper refers to MAE
+    recipe = {  # MAE's epochs; MoMo's paper follows FLAVA (Section 4.1)
         "tiny": dict(epochs=0.64, batch_size=64, lr=1e-2, clip=1.0, save_every=100),
         "base": dict(epochs=90, batch_size=1024, lr=1e-3, image_size=224),
     }

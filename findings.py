@@ -94,7 +94,7 @@ VLMO = ["retrieval", "rare things", "NLVR2", "VQA"]
 MOMO = ["retrieval", "rare things", "VQA", "RTE", "linear probe"]
 TABLES = {
     "table4": Table(
-        "VLMo, Table 4: what stage vl starts from",
+        "VLMo, Section 4.6 and Table 4: what stage vl starts from",
         {"scratch": "random weights", "image-vl": "stage image", "text-vl": "stages image and text"},
         VLMO,
         [("image-vl", "scratch", PAPER), ("text-vl", "image-vl", PAPER)],

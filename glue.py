@@ -1,5 +1,5 @@
-"""GLUE: eight tasks on texts, for the text encoder only (MoMo's Table 2): files, head, loss, metrics
-and submissions.
+"""GLUE: eight tasks on texts, for the text encoder only (seven of them in MoMo's Table 2): files, head,
+loss, metrics and submissions.
 
     python finetune.py --task rte --init runs/vl/last.pt                # the built-in world
     python finetune.py --task mnli --init runs/vl/last.pt --data glue   # the folder of all tasks

@@ -1,4 +1,4 @@
-"""Words: WordPiece and whole-word masking (Sections 3.1, 3.3), and plain text packed into samples
+"""Words: WordPiece and whole-word masking (Sections 3.1, 3.3, 4.1), and plain text packed into samples
 (Section 3.4).
 
 Shape letters: B batch, T text tokens with [T_CLS] and [T_SEP].
