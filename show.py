@@ -318,7 +318,8 @@ COMMANDS = {  # the function, and the checkpoint that its built-in world usually
 def add_flags(command, parser):
     """Adds the flags of a command."""
     flag, number = parser.add_argument, at_least(1)
-    one_of = parser.add_mutually_exclusive_group().add_argument
+    if command not in ("embed", "curve"):  # argparse cannot describe a group without flags
+        one_of = parser.add_mutually_exclusive_group().add_argument
     if command in ("search", "embed"):
         flag("--images", metavar="DIR", help="a folder; if it has captions, its split test")
         flag("--texts", metavar="FILE", help="a text per line")

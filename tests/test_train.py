@@ -19,6 +19,7 @@ from files import pictures, write_lines
 import checkpoint
 import finetune
 import runtime
+import show
 import train
 from texts import SPECIAL
 
@@ -232,11 +233,15 @@ def test_recipes(flags, monkeypatch):
         assert float(value) == vars(config).get(name, getattr(args, name, None)), name
 
 
-def test_help_shows_the_flags_of_a_stage(capsys):
-    for stage in train.STAGES:
-        with pytest.raises(SystemExit):
-            call("train", "--stage", stage, "--help")
-        assert "--resume" in capsys.readouterr().out
+def test_each_command_has_help(capsys):
+    commands = ["weights", "bench", "findings", *(f"show {command}" for command in show.COMMANDS)]
+    commands += [f"train --stage {stage}" for stage in train.STAGES]
+    for script in ("finetune", "evaluate"):
+        commands += [f"{script} --task {task}" for task in finetune.TASKS]
+    for command in commands:
+        with pytest.raises(SystemExit, match="^0$"):
+            call(*command.split(), "--help")
+        assert ("--resume" in capsys.readouterr().out) == command.startswith(("train", "finetune")), command
 
 
 REFUSED = """
