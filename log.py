@@ -93,7 +93,7 @@ class Log:
         self.restart(step)
 
     def measure(self, split, step):
-        """Measures a split and writes a line. → whether it is the best so far, by stage.best."""
+        """Measures a split and writes a line. → whether none was better so far, by stage.best."""
         began = time.perf_counter()
         with self.run.autocast():
             results = self.stage.measure(split, self.run.device)
@@ -102,7 +102,7 @@ class Log:
         if self.run.main:
             self.bar.write(f"step {step}, split {split}: {in_words(results)}")
         self.clock += time.perf_counter() - began  # the rate is that of training
-        improved = self.stage.best is not None and results[self.stage.best] > self.record
+        improved = self.stage.best is not None and results[self.stage.best] >= self.record
         if improved:
             self.record = results[self.stage.best]
         return improved

@@ -145,7 +145,7 @@ def summary(stage, args, run, start):
         run.print(f"{start.path} (stage {start.stage}, step {start.step}):")
         run.print(checkpoint.report(checkpoint.with_sizes(stage.origin, stage.model)))
     count = sum(p.numel() for p in stage.parameters() if p.requires_grad)
-    told = f"{args.batch_size} {stage.unit} a step{stage.note(args, run)}"
+    told = f"{args.steps} steps of {args.batch_size} {stage.unit}{stage.note(args, run)}"
     splits = " and ".join(stage.measured()) or "nothing"
     run.print(
         f"stage {args.stage}, {args.config}: {count / 1e6:.1f} M trainable parameters, "
@@ -239,10 +239,14 @@ def train(stage, args, run, start=None):
 def finish(stage, out, args, run, log):
     """The end of a run: the test split, a task's at its best step, and pictures."""
     run.meet()  # process 0 has saved
+    file, step = out / "last.pt", args.steps
     if stage.best and args.eval_every:
-        checkpoint.read(out / "best.pt").give(stage, run)
+        file = out / "best.pt"
+        best = checkpoint.read(file)
+        best.give(stage, run)
+        step = best.step
     if "test" in stage.measured():
-        log.measure("test", args.steps)
+        log.measure("test", step)
     log.close()
     pictures = stage.draw(run.device) if stage.measured() else {}
     if run.main:
@@ -251,7 +255,7 @@ def finish(stage, out, args, run, log):
         for name, picture in pictures.items():
             picture.save(out / name)
     beside = f"; {', '.join(pictures)} next to it" if pictures else ""
-    run.print(f"{out / 'last.pt'} holds the model{beside}")
+    run.print(f"{file} holds the model{beside}")
 
 
 def start_runtime(args, start):
