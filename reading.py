@@ -38,12 +38,12 @@ def text_lines(path):
 
 
 def checked_captions(captions, where):
-    """captions; UserError unless they are a list of at least one text."""
+    """captions that are not blank; UserError unless they are a list of at least one such text."""
     texts = isinstance(captions, list) and all(isinstance(text, str) for text in captions)
-    if not texts or not captions:
+    if not texts or not any(map(str.strip, captions)):
         given = json.dumps(captions)[:80]
-        raise UserError(f"{where}: captions must be a list of at least one string, not {given}")
-    return [checked_text(caption, where) for caption in captions]
+        raise UserError(f"{where}: captions must be a list of at least one text, not {given}")
+    return [checked_text(caption, where) for caption in captions if caption.strip()]
 
 
 def checked_text(text, where):
@@ -122,10 +122,15 @@ def files_below(folder, endings):
             folders.clear()  # a link that leads back would never end
             continue
         seen.add(os.path.realpath(where))
-        folders.sort()  # os.walk goes on in this order
+        folders[:] = sorted(name for name in folders if not hidden(name))  # os.walk goes on in this order
         for name in sorted(names):
-            if name.lower().endswith(endings):
+            if name.lower().endswith(endings) and not hidden(name):
                 yield os.path.join(where, name)
+
+
+def hidden(name):
+    """Whether a file or folder is not meant as data: previews and the like."""
+    return name.startswith(".") or name in ("@eaDir", "__MACOSX")
 
 
 def refuse(error):

@@ -20,7 +20,7 @@ from pathlib import Path
 import reading
 import shapes
 from data import SPLITS, Absent, Picture, split_by_hash
-from reading import IMAGES, checked_captions, files_below, path_below
+from reading import IMAGES, checked_captions, files_below, hidden, path_below
 from records import Records
 from runtime import UserError
 from shards import read_shards
@@ -66,6 +66,8 @@ def pictures(paths, split, image_size, captions=False, excluded=None):
     records = all_pictures(paths, split, captions)
     if excluded is not None and split == "train":
         records = without(records, excluded)
+    if split != "train":  # recall counts pictures, and training any order of lines
+        records = merged(records)
     source = Records(Picture, records, by_text)
     if not len(source):
         raise absent(paths, split, captions)
@@ -108,6 +110,16 @@ def without(records, names):
             yield record
     if count and kept in (0, count):
         raise UserError(f"--exclude leaves out {count - kept} of {count} pictures")
+
+
+def merged(records):
+    """The records, those of one image as one."""
+    found = {}
+    for record in records:
+        known = found.setdefault(record.image, record)
+        if known is not record:
+            known.captions.extend(record.captions)
+    yield from found.values()
 
 
 def absent(paths, split, captions):
@@ -191,14 +203,20 @@ def read_manifest(path, split):
         [image] = reading.fields(where, entry, image=str)
         file, item = path_below(folder, image, where), entry.get("item")
         captions = checked_captions(entry.get("captions"), where)
-        yield Picture(file, captions, file if item is None else f"{folder}/{item}")
+        yield Picture(file, captions, file if item in (None, "") else f"{folder}/{item}")
 
 
 def read_table(path, split):
     """Rows below a header, separated by tabs if the header has one, else by commas. Rows of one
     image that follow each other are a picture."""
-    for file, rows in itertools.groupby(table_rows(path), key=lambda row: row[0]):
-        yield Picture(file, [caption for _, caption in rows], file)
+    count, left_out = 0, []
+    for count, (file, rows) in enumerate(itertools.groupby(table_rows(path), key=lambda row: row[0]), start=1):
+        captions = [caption for _, caption in rows if caption.strip()]
+        if captions:
+            yield Picture(file, captions, file)
+        else:
+            left_out.append(file)
+    reading.print_left_out(path, left_out, count, "a caption")
 
 
 def table_rows(path):
@@ -240,10 +258,17 @@ READERS = {".jsonl": read_manifest, ".csv": read_table, ".tsv": read_table, ".js
 # ---- Folders of images or shards -----------------------------------------------------------------
 
 
+SPELLINGS = {*SPLITS, "valid", "validation", "dev", "training", "testing"}
+
+
 def has_split_folders(folder):
-    """Whether a folder has a folder per split: two of `train`, `val` and `test`, or one and no other folder."""
+    """Whether a folder has a folder per split: two of `train`, `val` and `test`, or one and no other folder.
+    UserError if one of several has another name."""
     folders = next(os.walk(folder), ("", [], []))[1]
-    splits = [name for name in folders if name in SPLITS]
+    folders = [name for name in folders if not hidden(name)]
+    splits = [name for name in folders if name.lower() in SPELLINGS]
+    if len(splits) > 1 and (wrong := set(splits).difference(SPLITS)):
+        raise UserError(f"{Path(folder, min(wrong))}: folders of splits are train, val and test: rename it")
     return len(splits) > 1 or len(splits) == len(folders) == 1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -33,11 +34,11 @@ def test_manifest_and_a_link_that_leads_out_of_its_folder(tmp_path):
     manifest(folder, GOOD | {"captions": ["one", ""], "item": 7}, "", strange)
     (folder / "a.png").symlink_to(tmp_path / "a.png")
     source, file = sources.pictures([folder], "train", 8, captions=True), str(folder / "a.png")
-    first = data.Picture(file, ["one", ""], f"{folder}/7")  # another folder has its own
+    first = data.Picture(file, ["one"], f"{folder}/7")  # another folder has its own
     assert records(source) == [first, data.Picture(file, ["é\u2028\x85"], file)]
     assert source.by_text and source.image(1).size == (8, 8)
-    assert source.caption_ends().tolist() == [2, 3]
-    assert list(source.corpus()) == ["one", "", "é\u2028\x85"]
+    assert source.caption_ends().tolist() == [1, 2]
+    assert list(source.corpus()) == ["one", "é\u2028\x85"]
 
 
 def test_training_needs_every_folder_and_other_splits_those_that_have_them(tmp_path):
@@ -99,6 +100,30 @@ def test_folders_of_splits_are_two_or_the_only_one(tmp_path):
         picture(tmp_path / name / "b.png")
         assert sources.has_split_folders(tmp_path) == found
     assert images(tmp_path / "cat").keys() == {"train"}
+    for name in ("Train", "validation"):
+        picture(tmp_path / name / "b.png")
+        refused(sources.has_split_folders, tmp_path, says=f"{name}: folders of splits are")
+        shutil.rmtree(tmp_path / name)
+
+
+def test_hidden_files_and_folders_are_no_data(tmp_path):
+    for name in ("a.png", "._a.png", ".cache/a.png", "@eaDir/a.png", "cat/b.png", "val/c.png", ".git/c.png"):
+        picture(tmp_path / name)
+    found = [os.path.relpath(path, tmp_path) for path in reading.files_below(tmp_path, (".png",))]
+    assert found == ["a.png", "cat/b.png", "val/c.png"]
+    shutil.rmtree(tmp_path / "cat")
+    assert sources.has_split_folders(tmp_path)
+
+
+def test_a_picture_on_several_lines_is_one_but_in_training(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    lines = [{"image": f"{name}.png", "captions": [f"{name} {k}", " "]} for k in (1, 2) for name in "ab"]
+    for split in ("train", "test"):
+        manifest(tmp_path, *lines, split=split)
+    one, several = (records(sources.pictures([tmp_path], split, 8, captions=True)) for split in ("test", "train"))
+    assert [record.captions for record in one] == [["a 1", "a 2"], ["b 1", "b 2"]]
+    assert [record.captions for record in several] == [["a 1"], ["b 1"], ["a 2"], ["b 2"]]
 
 
 def test_a_link_that_leads_back_repeats_nothing(tmp_path):
@@ -134,7 +159,7 @@ QUESTION = {"image": "a.png", "question": "What?", "answers": ["a"]}
 STATEMENT = {"images": ["a.png", "a.png"], "sentence": "Red.", "label": True}
 RECORDS = {  # what writes and reads a file, a good record, values that make it a wrong one by their key
     "pairs": (manifest, sources.pictures, GOOD, {
-        "captions": [None, "x", [], ["x", 5], ["\ud800"]], "image": [5, "b.png", "../a.png"],
+        "captions": [None, "x", [], [" "], ["x", 5], ["\ud800"]], "image": [5, "b.png", "../a.png"],
     }),
     "Karpathy's": (karpathy, sources.pictures, PERSON, {
         "sentences": [None, [], [{"tokens": []}], [{"raw": 5}]], "filename": [5, "../a.png"],
@@ -197,13 +222,14 @@ def named(folder, split="train", captions=True):
     return [(os.path.basename(record.image), record.captions) for record in records(source)]
 
 
-def test_tables_with_two_named_columns(tmp_path):
+def test_tables_with_two_named_columns(tmp_path, capsys):
     for name in "ab":
         picture(tmp_path / f"images/{name}.png")
     rows = 'n,title,filepath\r\n1,"a, ""b""\nc",images/a.png\r\n\r\n2,é,images/a.png\r\n'
     rows += "3,,images/b.png\r\n4,d,images/a.png"
     (tmp_path / "train.csv").write_bytes(b"\xef\xbb\xbf" + rows.encode())
-    assert named(tmp_path) == [("a.png", ['a, "b"\nc', "é"]), ("b.png", [""]), ("a.png", ["d"])]
+    assert named(tmp_path) == [("a.png", ['a, "b"\nc', "é"]), ("a.png", ["d"])]
+    assert "1 of 3 samples are left out, they lack a caption" in capsys.readouterr().err
     (tmp_path / "val.tsv").write_text("image\tcaption\nimages/b.png\tone, two\n")
     (tmp_path / "test.csv").write_text("filepath\ttitle\nimages/b.png\tone, two\n")  # open_clip's
     assert named(tmp_path, "val") == named(tmp_path, "test") == [("b.png", ["one, two"])]
