@@ -358,7 +358,7 @@ def main():
     parser.add_argument("--amp", nargs="+", choices=["off", "bf16", "fp16"], default=amp)
     parser.add_argument("--compile", action="store_true", help="a compiled side, too")
     parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES[:-1], help="these tables")
-    parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="of each side")
+    parser.add_argument("--repeats", type=at_least(1), default=3, metavar="N", help="timings per side")
     parser.add_argument("--out", metavar="FILE", help="the numbers as JSON")
     args = parser.parse_args()
     if args.out:

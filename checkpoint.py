@@ -113,6 +113,7 @@ class Checkpoint:
         except (AssertionError, KeyError, ValueError, TypeError, AttributeError):
             advice = "resume with the flags that it was trained with, or start from it with --init"
             raise UserError(f"{self.path} holds no run that can be continued like this: {advice}") from None
+        # load_state_dict has brought back the old --head-factor; this run may have another
         for group, factor in zip(optimizer.param_groups, factors):
             group["factor"] = factor
         if args.steps < self.step:
@@ -124,17 +125,18 @@ class Checkpoint:
                 flag = name if name in ("processes", "samples") else f"--{name.replace('_', '-')}"
                 changed[name] = f"{flag} {before} → {now}"
         told = ", ".join(changed.values())
-        # Local negatives are those of one process
+        # Local negatives depend on how many pairs each process has
         harmless = HARMLESS - {"processes"} if stage.negatives == "local" else HARMLESS
         if changed.keys() - harmless and not args.allow_changes:
-            raise UserError(f"{self.path} was trained with other settings ({told}): leave them away, or --allow-changes")
+            advice = "change them back, or give --allow-changes"
+            raise UserError(f"{self.path} was trained with other settings ({told}): {advice}")
         run.print(f"resuming after step {self.step}{f' with other settings: {told}' if told else ''}")
 
     def give(self, stage, run):
         """Gives a stage the tensors of another step of its own run."""
         stage.model.load_state_dict(stage.model.state_dict() | self.tensors)
         stage.head.load_state_dict(self.head)
-        run.print(f"{self.path} is of step {self.step}, the best on split val")
+        run.print(f"{self.path} is from step {self.step}, the best on split val")
 
     def release(self):
         """Forgets the tensors: the model has them, or copies of them."""
@@ -258,11 +260,12 @@ def fit(model, tensors, config, path, copies=True):
     for name in FIXED:
         both_scaled = name == "layer_scale" and old[name] and new[name]
         if old[name] != new[name] and not both_scaled:
-            advice = "leave the flags of the architecture away, or start from another file"
+            advice = "leave out the flags of the architecture, or start from another file"
             raise UserError(f"{path} has {name} {old[name]}, and this run {new[name]}: {advice}")
     own, how, state = model.state_dict(), {}, {}
     renamed = counterparts(tensors, own)
-    tensors, converted = renamed, renamed.keys() - tensors.keys()
+    converted = renamed.keys() - tensors.keys()
+    tensors = renamed
     present = set(groups(tensors))
     for name, tensor in own.items():
         # What a language or vl tensor starts from
@@ -275,7 +278,7 @@ def fit(model, tensors, config, path, copies=True):
         elif group(name) in present or group(name) not in OPTIONAL:
             raise UserError(f"{path} lacks {name}")
         elif vision in tensors and (copies or ".attention." in name):
-            state[name] = tensor if tensor.is_meta else tensors[vision].clone()
+            state[name] = tensor if tensor.is_meta else tensors[vision].clone()  # meta: see weights.build
             how[group(name)] = "copied"
         else:
             state[name] = tensor
@@ -315,7 +318,8 @@ def counterparts(tensors, own):
     renamed = {}
     for name, tensor in tensors.items():
         names = name, name.replace(".vision.", ".shared."), name.replace(".shared.", ".vision.")
-        renamed[next((one for one in names if one in own), name)] = tensor
+        known = [one for one in names if one in own]
+        renamed[known[0] if known else name] = tensor
     return renamed
 
 
@@ -325,8 +329,8 @@ def load_exactly(module, tensors, path):
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in wanted | found:
         if wanted.get(name) != found.get(name):
-            shapes = f"{found.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
-            raise UserError(f"{path} is of another shape: {name} is {shapes}")
+            in_file, in_model = found.get(name, "missing"), wanted.get(name, "missing")
+            raise UserError(f"{path}: {name} is {in_file} in the file and {in_model} in the model")
     module.load_state_dict(tensors)
 
 

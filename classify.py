@@ -51,7 +51,7 @@ class Classify(Task):
     def check(start, args):
         if not args.zero_shot:
             if args.templates or args.class_names or args.vocab:
-                raise UserError("--templates, --class-names and --vocab are of --zero-shot")
+                raise UserError("--templates, --class-names and --vocab need --zero-shot")
             return Task.check(start, args)
         start.require(["itc_image", "itc_text"])
         for template in args.templates or []:

@@ -3,10 +3,10 @@
 A *source* has `len(source)`; `source[i]`, a record of what is known of sample i; `source.image(i)`,
 an RGB image or a tuple of two, or `source.image(i, view)`, for a training view of that side; and
 `source.drawn`, True for the built-in world, whose images are augmented only if that is asked for,
-and never mirrored. Sources with text also have
-`source.corpus()`, texts to train a vocabulary on; those of pictures with captions,
-`source.caption_ends()`. Every random choice about a sample is a function of (seed, epoch, index), so
-the order of workers does not matter.
+and never mirrored. Sources with text also have `source.corpus()`, texts to train a vocabulary on; those
+of pictures with captions, `source.caption_ends()`, where the captions of each picture end among all.
+Every random choice about a sample is a function of (seed, epoch, index), so the order of workers does
+not matter.
 
 Shape letters: b local batch, T text tokens with [T_CLS] and [T_SEP], N patches, S side of an image in
 pixels.
@@ -30,7 +30,7 @@ from runtime import UserError, at_least, workers
 
 
 class Picture(NamedTuple):
-    """A picture and its captions, or none. Pictures of one item are no negatives of each other."""
+    """A picture and its captions, if any. Pictures of one item are never each other's negatives."""
 
     image: str  # the path, or a name; in a shard, SHARD.tar/NAME
     captions: list
@@ -56,12 +56,12 @@ def flags(parser, images=None, text=False, exclude=True):
         mirrored = "mirror no image, for texts that say left and right (the built-in world never is)"
         group.add_argument("--no-flip", action="store_true", help=mirrored)
     if images and exclude:
-        names = "names of image files (without folders), one a line, that training leaves out of --data"
+        names = "a list, one per line, of image files (names without folders) to leave out of training"
         group.add_argument("--exclude", metavar="FILE", help=names)
     if text:
         known = "(default: the checkpoint's, or a new one)"
         group.add_argument("--vocab", metavar="FILE", help=f"vocab.txt or tokenizer.json {known}")
-    usual = "loader processes per training process (default: by the cores; on a CPU 0)"
+    usual = "loader processes per training process (default: from the number of cores; on a CPU 0)"
     group.add_argument("--workers", type=at_least(0), metavar="N", help=usual)
 
 
@@ -89,8 +89,8 @@ class Images(Dataset):
     """Training samples of a source, indexed by (epoch, index).
 
     image: uint8 (3, S, S), or (2, 3, S, S) of two images. hidden: (N,) bool, True = masked patch,
-    if `hide` is given. unreadable: how many pictures in a row could not be read before one that
-    could and that replaces them; IN_A_ROW: none could, and this is all that the sample has.
+    if `hide` is given. unreadable: how many pictures in a row could not be read; the next one
+    replaces them. IN_A_ROW: no other was found, and the sample holds nothing else.
     """
 
     def __init__(self, source, image_size, args, usual="crop", hide=None):
@@ -118,7 +118,8 @@ class Images(Dataset):
                     self.named.add(str(error))
         else:  # an error in a loader process would end in a traceback: the Loader raises it
             return {"unreadable": torch.tensor(IN_A_ROW)}
-        sample, views = self.sample(index, i, rng), []  # words are masked first, then images augmented
+        sample = self.sample(index, i, rng)  # masks words: draws from rng before augment does
+        views = []
         for side in image if isinstance(image, tuple) else (image,):
             view = augment(side, self.image_size, rng, self.augmentation, self.flip)
             views.append(to_tensor(view))
@@ -154,7 +155,7 @@ class Pairs(Images):
 
     def sample(self, index, i, rng):
         picture = self.source[i]
-        number = self.ends[self.picture(index)] - 1 - index
+        number = self.ends[self.picture(index)] - 1 - index  # of the caption, counted from the last
         caption = picture.captions[number % len(picture.captions)]  # a replacement may have fewer
         text, mask = self.words.encode(caption)
         masked, labels = self.words.mask_words(text, rng)
@@ -182,7 +183,7 @@ class Examples(Images):
 
 
 def shuffled_batches(length, batch, rank, world, seed, start=0):
-    """Which samples each batch holds, without end: lists of b (epoch, index), from batch `start` on.
+    """Yields the b keys (epoch, index) of each batch as a list, from batch `start` on, without end.
 
     Batch k of all W processes is positions k·W·b … (k+1)·W·b of the shuffled epochs, and process r
     takes its r-th part. So the global batch is the same for any W, and a position in the data is a
@@ -267,7 +268,8 @@ def pictures(source, batches, size, device):
 
 
 def shard(count, batch):
-    """This process's share of 0 … count−1, in batches; shares are equally long, the last may repeat."""
+    """This process's share of 0 … count−1, in batches. Shares are equally long, for losses.gather: at
+    the end the number count−1 is repeated."""
     share = -(-count // losses.world())
     first = min(losses.rank() * share, count)
     mine = [min(first + k, count - 1) for k in range(share)]

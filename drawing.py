@@ -101,9 +101,9 @@ NOT_SHOWN = ("step", "split", "lr", "unreadable", "waited_s")
 
 
 def curves(runs, only=None):
-    """The losses and measures of runs as one picture; of measures those that were taken more than
-    once, and changed; None if there is nothing to draw. runs: {name: its folders, or their
-    metrics.jsonl}, of several the mean is drawn. only: names of some measures."""
+    """Draws the losses and measures of runs as one picture, except those that never change; None if none
+    is left. runs: {name: folders of runs, or their metrics.jsonl}; of several, the mean is drawn.
+    only: names of the losses and measures to draw (default: all)."""
     found = collections.defaultdict(list)  # {(title, run, step): values}
     for run, paths in runs.items():
         for path in paths:
@@ -145,7 +145,8 @@ def plot(title, curves, colors, width=330, height=200):
     ys = [y for curve in curves.values() for _, y in curve]
     log = min(ys) > 0 and max(ys) >= 10 * min(ys)
     scale = math.log if log else float
-    low, span = scale(min(ys)), scale(max(ys)) - scale(min(ys)) or 1.0
+    low, high = scale(min(ys)), scale(max(ys))
+    span = high - low or 1.0  # 1: a constant curve
     ticks = {y: f"{y:g}" for y in (powers(min(ys), max(ys)) if log else steps(min(ys), max(ys), 5))}
     marks = {x: f"{x:g}" for x in steps(0, max(xs), 4)}
 

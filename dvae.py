@@ -97,8 +97,8 @@ def dvae_losses(pixels, reconstruction, logits):
 
     pixels, reconstruction (b, 3, ·, ·); logits (b, N, K) → {"reconstruction": mean squared error,
     "kl": nats}. The bound's KL(q(z|x) ‖ uniform) is, on average, what a code says about its image
-    plus KL(q(z) ‖ uniform) of the codebook's use over all images; only the second is punished here:
-    codes should say much, and all should serve.
+    plus KL(q(z) ‖ uniform) of the codebook's use over all images; only the second is penalised here: a
+    code should say much about its image, and all codes should be used.
     """
     posterior = logits.float().softmax(-1).flatten(0, 1).mean(0, keepdim=True)  # (1, K)
     used = losses.gather(posterior).mean(0)  # (K,): q(z) of the global batch
@@ -187,7 +187,7 @@ def read(path):
         raise UserError(f"{path}: no such file; python train.py --stage dvae makes one (or name one with --dvae)")
     found = checkpoint.read(path)
     if found.stage != "dvae":
-        raise UserError(f"{path} is of stage {found.stage}, where a dVAE is needed")
+        raise UserError(f"{path} was written by stage {found.stage}, not by stage dvae")
     return {"config": found.config, "model": found.tensors}
 
 

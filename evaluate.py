@@ -30,7 +30,7 @@ def parse():
     splits = "train, val, test; the built-in world: also rare; VQA 2.0: also test-dev, minival; "
     splits += "MNLI: also val-mismatched, test-mismatched"
     parser.add_argument("--split", default="test", help=splits)
-    parser.add_argument("--vocab", metavar="FILE", help="if weights.py imported without one")
+    parser.add_argument("--vocab", metavar="FILE", help="for a checkpoint imported without one")
     parser.add_argument("--batch-size", type=at_least(1), default=64)
     parser.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
     parser.set_defaults(training=False, seed=0, head_factor=1.0, predictions=None, exclude=None)

@@ -397,8 +397,8 @@ def main():
     flag("--report", action="store_true", help="train nothing")
     flag("--out", default="runs/findings", metavar="DIR", help="where the runs go")
     args = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)  # as Ctrl-C
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if not args.report:
         train_all(runs_of(TABLES[name] for name in args.only), args)

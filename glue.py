@@ -205,7 +205,8 @@ def samples_of(task, path, split):
         for row in rows:
             sentences = [row.get(column) or "" for column in task.columns]
             label = row.get(task.label)
-            has_label = label in task.labels if task.labels else label and math.isfinite(float(label))
+            is_number = not task.labels and label and math.isfinite(float(label))
+            has_label = label in task.labels or is_number
             if split.startswith("test"):
                 yield Sample(sentences, None)
             elif all(sentences) and has_label:
@@ -254,7 +255,7 @@ class WorldEntailment(shapes.World):
         pair, label = list(rng.choice(pairs)), "entailment"
         if rng.random() < 0.5:
             label = "not_entailment"
-            if pair[::-1] in pairs or rng.random() < 0.5:
+            if pair[::-1] in pairs or rng.random() < 0.5:  # the reverse would follow, too; else by chance
                 while pair[0] in scene["things"]:
                     pair[0] = shapes.make_thing(rng)
             else:

@@ -84,9 +84,9 @@ def resize(image, size, **how):
 # ---- Augmentation in Pillow (Section 4.1) ----------------------------------------------------------
 
 
-AREA, ASPECT = 0.5, 4 / 3  # of a crop: the smallest part of the image, and the longest form
+AREA, ASPECT = 0.5, 4 / 3  # of a crop: its smallest share of the image's area, its largest ratio of sides
 GAP = 2.0  # a large image is averaged to twice the size of a view before it is resized exactly
-ENLARGED = 0.75  # of a view's pixels a side: what the smallest crop of an image decoded smaller still has
+ENLARGED = 0.75  # of a view's side: what the smallest crop of a JPEG decoded at reduced size has at least
 
 
 def random_resized_crop(image, size, rng):
@@ -114,11 +114,11 @@ def affine(image, a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0):
 
 
 def moved_by(side, level):
-    """10 of 224 pixels at level 1."""
-    return round(10 / 224 * side * level, 6)  # whole where it is but for rounding
+    """How many pixels a translation moves an image: at level 1, 10 of 224."""
+    return round(10 / 224 * side * level, 6)  # without rounding errors, so that affine sees whole numbers
 
 
-OPERATIONS = {  # of RandAugment, as (image, level 0 … 1, sign ±1): those that leave colors their names
+OPERATIONS = {  # RandAugment's (image, level 0 … 1, sign ±1), without those that change a color's name
     "identity": lambda image, level, sign: image,
     "auto-contrast": lambda image, level, sign: ImageOps.autocontrast(image),
     "equalize": lambda image, level, sign: ImageOps.equalize(image),
@@ -176,6 +176,7 @@ def mask_blocks(side, rng):
         if h * w < smallest or max(h, w) > side:
             continue
         y, x = rng.randint(0, side - h), rng.randint(0, side - w)
-        if 0 < h * w - int(hidden[y : y + h, x : x + w].sum()) <= missing:
+        added = h * w - int(hidden[y : y + h, x : x + w].sum())
+        if 0 < added <= missing:
             hidden[y : y + h, x : x + w] = True
     return torch.from_numpy(hidden.flatten())

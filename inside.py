@@ -73,9 +73,9 @@ def relevance_maps(model, words, text, mask, image):
     """How much each patch matters when a word is masked and predicted: (T, N), with the same row for
     all pieces of a word. text, mask (T,), image (3, side, side).
 
-    Of each layer, attention times its gradient, where positive and a mean over heads, says what a
-    row takes from which; R follows that through all layers (Chefer et al., "Generic Attention-model
-    Explainability", which MoMo's Figure 4 uses).
+    In each layer, attention times its gradient (the positive part, averaged over heads) says how much a
+    row takes from each other row; R accumulates this over all layers (Chefer et al., "Generic
+    Attention-model Explainability", which MoMo's Figure 4 uses).
     """
     places, masked, _ = mask_each_word(words, text)
     with torch.enable_grad(), attention_of(model) as caught:
@@ -141,10 +141,11 @@ def patches_inside(places, config):
 
 def fills_in(start):
     """What a checkpoint has learned to fill in: a set of "image", "text" and "pair"."""
+    if start.stage == "momo-image":
+        return {"image"}
     if start.stage.startswith("momo-"):
-        known = {"momo-image": {"image"}, "momo-text": {"image", "text"}}.get(start.stage, {"image", "text", "pair"})
-        left_out = {"momo-text": {"image"}, "momo-vl": {"text"}} if start.args.get("no_simultaneous") else {}
-        return known - left_out.get(start.stage, set())
+        own = {"text"} if start.stage == "momo-text" else {"image", "pair"}
+        return own if start.args.get("no_simultaneous") else own | {"image", "text"}
     known = {"image"} if "dvae" in start.extra else set()
     if "mlm_head" in checkpoint.groups(start.tensors) and start.args.get("mlm_weight") != 0:
         known |= {"text"} if start.stage == "text" else {"text", "pair"}

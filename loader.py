@@ -17,8 +17,8 @@ class Loader:
     """This process's steps without end: lists of the step's parts (--accumulate), each with a batch
     of every data set, on the device.
 
-    Counts unreadable images, and the seconds that the run waited. UserError if unreadable images are
-    more than 1 % of what was read (and 10), or IN_A_ROW in a row.
+    Counts unreadable images, and the seconds that the run waited. UserError if more than 1 % of what
+    was read (and more than 10 images) is unreadable, or IN_A_ROW images in a row.
     """
 
     def __init__(self, samples, args, run, start=0):
@@ -65,16 +65,16 @@ class Loader:
 
 
 def collate(samples):
-    """A batch, or how many images in a row could not be read, if no image was found for a sample."""
-    missing = [sample for sample in samples if len(sample) == 1]
+    """The samples as a batch; if some have no image, only these, as {"unreadable": (n,)}."""
+    missing = [sample for sample in samples if len(sample) == 1]  # see data.Images
     return default_collate(missing or samples)
 
 
 def with_counts(parts):
-    """The batches of a step, from one data set, with what a stage must know of them as numbers: asked
-    later, for a length or how many tokens are masked, the device would make the host wait.
+    """The batches of a step, from one data set, with the numbers that a stage needs of them. They are
+    counted here, on the host: to read a length or a count from the device, the host would have to wait.
 
-    Texts are cut to one length T, and to these a batch with masked places gets
+    Texts are cut to one length T, and a batch with masked places also gets
 
     masked_at, hidden_at (M,) int64
         where its labels (b, T) are not −100, and where hidden (b, N) is True, as flat indices.
@@ -112,7 +112,8 @@ def to_device(batch, device):
     moved, gpu = {}, torch.device(device).type == "cuda"
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):
-            value = value.contiguous().pin_memory() if gpu else value
+            if gpu:  # from pinned memory the copy does not make the host wait
+                value = value.contiguous().pin_memory()
             value = value.to(device, non_blocking=True)
         moved[name] = value
     return moved

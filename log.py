@@ -52,7 +52,7 @@ class Log:
             self.counts[name] += 1
 
     def end_step(self, gradient_norm):
-        """gradient_norm: under fp16 a step in which it is not finite is skipped, and counts as one."""
+        """Counts a step; under fp16 one whose gradient norm is not finite counts as skipped."""
         if self.args.amp == "fp16":
             finite = gradient_norm.isfinite()
             self.skipped += ~finite
@@ -73,7 +73,7 @@ class Log:
         skipped = round(skipped)
         values, steps = dict(zip(self.sums, means)), step - self.step
         if skipped:
-            values["gradient norm"] *= steps / max(steps - skipped, 1)
+            values["gradient norm"] *= steps / max(steps - skipped, 1)  # skipped steps have added 0
         for name, value in [*values.items(), ("the norm of all parameters", size)]:
             if not math.isfinite(value):
                 advice = "try a lower --lr"

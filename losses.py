@@ -50,9 +50,9 @@ def gather(x):
 
 
 def global_mean(total, count):
-    """W · total / (count over all processes): the mean of a loss with unequal counts, as above; of
-    nothing 0. count: a number or a tensor; of a step in parts, the mean of theirs."""
-    count = total.new_ones(()) * count  # without a wait of the host
+    """W · total / (count over all processes): this process's part of a mean, as above, if counts
+    differ; 0 if all are 0. count: a number or a tensor; of a step in parts, their mean count."""
+    count = total.new_ones(()) * count  # a tensor on the device, without making the host wait
     if world() > 1:
         dist.all_reduce(count)
     return world() * total / count.clamp(min=1e-6)
@@ -116,11 +116,12 @@ def similarities(image, text, scale):
 
 
 def itc_loss(i2t, t2i, same):
-    """Cross-entropy of Eq. (4), both ways averaged. i2t, t2i, same (b, B): the same pairs but the
-    own are left out."""
+    """Cross-entropy of Eq. (4), averaged over both directions. i2t, t2i (b, B); same (b, B) bool,
+    True = the same pair: left out of the softmax, except for a row's own column."""
     own = rank() * len(same) + torch.arange(len(same), device=same.device)  # (b,): each row's own column
     left_out = same.scatter(1, own[:, None], False)
-    i2t, t2i = (scores.masked_fill(left_out, -math.inf) for scores in (i2t, t2i))
+    i2t = i2t.masked_fill(left_out, -math.inf)
+    t2i = t2i.masked_fill(left_out, -math.inf)
     return (F.cross_entropy(i2t, own) + F.cross_entropy(t2i, own)) / 2
 
 
@@ -137,18 +138,18 @@ def candidates(same, negatives):
 
 
 def draw_negatives(scores, candidate):
-    """One hard negative a row, with probability softmax(scores) among the candidates.
+    """Draws one hard negative per row, with probability softmax(scores) over its candidates.
 
-    scores, candidate (b, B) → drawn (b,) global indices; its probability (b,); found (b,) bool, False
-    where a row has no candidate, and what is drawn is then arbitrary. The softmax is in at least
-    float32, over candidates only. Scores that are not finite draw something, too: it is the losses'
-    part to say that a run has diverged.
+    scores, candidate (b, B) → drawn (b,), global indices; their probabilities (b,); found (b,) bool,
+    False where a row has no candidate, so that its draw means nothing. The softmax is in at least
+    float32. Non-finite scores draw something, too: that a run has diverged shows in its losses, which
+    log.py checks.
     """
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).nan_to_num()
     found = candidate.any(1)
-    scores = scores.masked_fill(~candidate & found[:, None], -math.inf)
+    scores = scores.masked_fill(~candidate & found[:, None], -math.inf)  # a whole row of −inf gives NaN
     p = scores.softmax(1)
-    # As torch.multinomial draws, which checks p and makes the host wait
+    # As torch.multinomial draws, without its check of p, for which the host would wait
     drawn = (p / torch.empty_like(p).exponential_()).argmax(1)
     return drawn, p.gather(1, drawn[:, None])[:, 0], found
 

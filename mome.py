@@ -31,7 +31,7 @@ class Config:
     position: str = "absolute"  # "absolute" (Section 3.1) or "relative" (the released base and large models)
     text_reach: int = 196  # relative only: how many text positions the table tells apart
     layer_scale: float = 0.0  # initial LayerScale; 0 = none (released relative models: 0.1)
-    drop_path: float = 0.0  # stochastic depth of the last layer, growing linearly from 0; text dropout
+    drop_path: float = 0.0  # drop rate of the last layer, linear from 0 in the first; also text dropout
     init_std: float = 0.02  # of the normal distribution that matrices and embeddings start from (BERT, BEiT)
     experts: str = "mome"  # "mome", or "shared": the standard Transformer of Table 5, row 4
     attention: str = "shared"  # "shared", or "separate" below the vision-language layers (Table 7)
@@ -47,12 +47,12 @@ class Config:
             "vl_layers must be in 0 … layers": 0 <= self.vl_layers <= self.layers,
             "max_text_len must hold at least [T_CLS], a token and [T_SEP]": self.max_text_len >= 3,
             "max_text_len must not exceed text_reach": fits,
-            "drop_path must be in 0 … 1, without 1": 0 <= self.drop_path < 1,
+            "drop_path must be at least 0 and below 1": 0 <= self.drop_path < 1,
         }
         for rule, holds in rules.items():
             if not holds:
                 raise ValueError(rule)
-        if self.dim % self.heads or self.image_size % self.patch_size:
+        if self.dim % self.heads or self.image_size % self.patch_size:  # both divisors are > 0 by now
             raise ValueError("dim must be a multiple of heads, image_size one of patch_size")
 
 
@@ -84,7 +84,7 @@ class Router(nn.ModuleDict):
         if kind == "pair" and x.shape[1] > T:
             text, image = x.split([T, x.shape[1] - T], dim=1)
             return torch.cat([self["language"](text), self["vision"](image)], dim=1)
-        return self["vision" if kind == "image" else "language"](x)
+        return self["vision" if kind == "image" else "language"](x)  # of a pair: only text rows are left
 
 
 class Attention(nn.Module):
@@ -107,10 +107,11 @@ class Attention(nn.Module):
         mask: None, or a mask of keys (B, 1, 1, S), True = may be read. positions: None, or relative
         ones, a table (H, P) and an index (S, S) into it.
         """
-        x, heads = in_precision(x), (self.heads, -1)
-        q = self.query(x[:, :rows], kind, T).unflatten(-1, heads).transpose(1, 2)  # (B, H, R, D/H)
-        k = self.key(x, kind, T).unflatten(-1, heads).transpose(1, 2)  # (B, H, S, D/H)
-        v = self.value(x, kind, T).unflatten(-1, heads).transpose(1, 2)
+        x = in_precision(x)
+        by_head = (self.heads, -1)  # D → H, D/H
+        q = self.query(x[:, :rows], kind, T).unflatten(-1, by_head).transpose(1, 2)  # (B, H, R, D/H)
+        k = self.key(x, kind, T).unflatten(-1, by_head).transpose(1, 2)  # (B, H, S, D/H)
+        v = self.value(x, kind, T).unflatten(-1, by_head).transpose(1, 2)
         if positions is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, R, D/H)
         else:
@@ -134,8 +135,8 @@ class Expert(nn.Module):
 
 
 class GELULinear(torch.autograd.Function):
-    """Linear(GELU(x)), which keeps only x for the backward pass and computes GELU(x) again there. A
-    step then keeps a fifth less in all, at no measurable cost in time."""
+    """Linear(GELU(x)) that saves only x and recomputes GELU(x) in the backward pass: a step keeps a
+    fifth less memory in all, at no measurable cost in time. to_…: the gradient with respect to …"""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -176,10 +177,11 @@ class Block(nn.Module):
         super().__init__()
         fuses = layer >= config.layers - config.vl_layers  # one of the F top layers
         drop = config.drop_path * layer / max(config.layers - 1, 1)
-        names = ("language", "vision", "vl") if fuses else ("language", "vision")
+        modalities = ("language", "vision", "vl") if fuses else ("language", "vision")
+        names = modalities if config.experts == "mome" else ("shared",)
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.attention = Attention(config, separate=config.attention == "separate" and not fuses)
-        self.experts = Router({name: Expert(config) for name in (names if config.experts == "mome" else ("shared",))})
+        self.experts = Router({name: Expert(config) for name in names})
         self.attention_branch, self.expert_branch = Branch(config, drop), Branch(config, drop)
 
     def forward(self, x, kind, T, mask=None, positions=None, rows=None):
@@ -195,9 +197,9 @@ class MoME(nn.Module):
     """The trunk: embeddings, L blocks, final norm; one path for image-only, text-only and pair
     inputs.
 
-    `rows` in the three encoders: how many leading rows the last block computes (None: all). Whoever
-    reads only [CLS] asks for 1, whoever reads only a pair's text for T, and the rest of that block
-    is saved.
+    `rows` in the three encoders: how many leading rows the last block computes (None: all). A caller
+    that reads only [CLS] passes 1, one that reads only a pair's text passes T; the last block then
+    skips all other rows.
     """
 
     def __init__(self, config):
@@ -231,7 +233,8 @@ class MoME(nn.Module):
         return x + self.types[0]
 
     def embed_patches(self, image, image_type, masked=None, mask_embedding=None):
-        """Image input representations of Section 3.1. image (B, 3, side, side) → (B, 1+N, D)."""
+        """Image input representations of Section 3.1. image (B, 3, side, side) → (B, 1+N, D).
+        image_type: row of `types`; the rest as in encode_image."""
         if not image.is_floating_point():  # uint8: normalised here, on the device
             image = image.to(self.types.dtype) / 127.5 - 1
         x = self.patches(image).flatten(2).transpose(1, 2)  # (B, N, D)
@@ -268,14 +271,15 @@ class MoME(nn.Module):
     def encode_rows(self, x, kind, T, mask, rows=None):
         """Embedded rows x (B, S, D) of an input of `kind`, the first T of them text, mask (B, S)
         bool or None → (B, R, D) after the final norm."""
-        mask = mask if mask is None else mask[:, None, None]  # (B, 1, 1, S)
-        layers = [None] * len(self.blocks) if self.config.position == "absolute" else self.positions(kind, T)
-        for block, positions in zip(self.blocks, layers):
-            x = block(x, kind, T, mask, positions, rows if block is self.blocks[-1] else None)
+        keys = None if mask is None else mask[:, None, None]  # (B, 1, 1, S)
+        for block, positions in zip(self.blocks, self.positions(kind, T)):
+            x = block(x, kind, T, keys, positions, rows if block is self.blocks[-1] else None)
         return self.norm(x)
 
     def positions(self, kind, T):
-        """For each layer its table (H, P), and where each (query, key) stands in it, (S, S)."""
+        """For each layer None, or its relative table (H, P) and the index (S, S) of each (query, key)."""
+        if self.config.position == "absolute":
+            return [None] * len(self.blocks)
         index = self.image_index if kind == "image" else self.text_index[:T, :T]
         if kind == "pair":
             index = pair_index(index, self.image_index)

@@ -65,15 +65,16 @@ class HiddenWords(Words):
 def encode_visible(model, x, visible, fewest, K):
     """The encoder on visible rows only, as in MAE.
 
-    x (b, S, D): embedded rows, which know their positions; visible (b, S) bool; fewest, K: the
+    x (b, S, D): embedded rows, positions included; visible (b, S) bool, True = seen; fewest, K: the
     smallest and the largest number of visible rows of a sample. → rows (b, K, D) after the final
-    norm, their places (b, K), and which of them are real (b, K).
+    norm, their places in x (b, K), and which of them are real (b, K), False = padding.
     """
     visible_first = visible.long().argsort(dim=1, descending=True, stable=True)
     place = visible_first[:, :K]  # (b, K), in the order of the sequence
     rows, real = x.gather(1, place[..., None].expand(-1, -1, x.shape[2])), visible.gather(1, place)
-    # Its one shared expert needs neither the kind of input nor the end of the text
-    return model.encode_rows(rows, "pair", 0, None if fewest == K else real), place, real
+    mask = None if fewest == K else real  # None: no row is padding
+    # With one shared expert the kind of input and the end of the text do not matter
+    return model.encode_rows(rows, "pair", 0, mask), place, real
 
 
 class Decoder(nn.Module):
@@ -105,11 +106,11 @@ class Decoder(nn.Module):
     def forward(self, rows, place, real, mask, T):
         """rows, place, real: from encode_visible; mask (b, S) bool, False = padding, or None; the
         first T rows are text → (b, S, E)."""
-        position = [] if self.text_position is None else [self.text_position[:T]]
-        position += [] if self.image_position is None else [self.image_position]
-        position = torch.cat(position)  # (S, E)
+        text_position = None if self.text_position is None else self.text_position[:T]
+        known = [part for part in (text_position, self.image_position) if part is not None]
+        position = torch.cat(known)  # (S, E)
         if mask is not None:
-            position = position[: mask.shape[1]]  # a shared decoder has those of images for texts, too
+            position = position[: mask.shape[1]]  # a shared decoder given a text has image positions, too
         rows = torch.where(real[..., None], self.enter(rows), self.mask_token.to(rows.dtype))
         x = self.mask_token.to(rows.dtype).expand(len(rows), *position.shape)  # (b, S, E)
         x = x.scatter(1, place[..., None].expand_as(rows), rows) + position
@@ -133,7 +134,8 @@ def reconstruct(model, decoder, batch):
     batch: image (b, 3, S, S) with hidden (b, N) bool; masked, labels (b, T) with mask (b, T) bool,
     True = real token; and what loader.with_counts adds. All images have equally many hidden patches.
     """
-    x, visible, masks, T, fewest, K = [], [], [], 0, 0, 0
+    x, visible, masks = [], [], []  # of the text, then of the image
+    T = fewest = K = 0
     if "masked" in batch:
         labels, mask = batch["labels"], batch["mask"]
         x, visible, masks = [model.embed_words(batch["masked"])], [mask & (labels == IGNORE)], [mask]

@@ -90,7 +90,7 @@ ENCODER = [name for name in FIELDS if name not in NOT_HERE]
 def momo_flags(parser, base, two=True, images="crop"):
     """Adds the flags of a stage. two: it learns two modalities."""
     group = parser.add_argument_group("MoMo")
-    group.add_argument("--normalise-pixels", action="store_true", help="targets per patch, as MAE's")
+    group.add_argument("--normalise-pixels", action="store_true", help="of each target patch, as in MAE")
     if two:
         plain = "plain text; shapes: that of the built-in world"
         group.add_argument("--texts", nargs="+", default=["shapes"], metavar="PATH", help=plain)
@@ -98,7 +98,7 @@ def momo_flags(parser, base, two=True, images="crop"):
         group.add_argument("--shared-decoder", action="store_true", help=shared)
         turns = "the modalities take turns, an update for each (Table 6)"
         group = group.add_mutually_exclusive_group()
-        group.add_argument("--no-simultaneous", action="store_true", help="one modality (Table 6)")
+        group.add_argument("--no-simultaneous", action="store_true", help="only texts or pairs (Table 6)")
         group.add_argument("--no-cmga", action="store_true", help=turns)
     data.flags(parser, images, text=two)
     config_flags(parser, base, ENCODER)
@@ -107,7 +107,7 @@ def momo_flags(parser, base, two=True, images="crop"):
 def check_two(args, unused):
     """UserError for flags that contradict each other. unused: what --no-simultaneous leaves out."""
     if args.no_simultaneous and not shapes.asked(unused):
-        raise UserError(f"--no-simultaneous leaves one modality, without {' '.join(unused)}")
+        raise UserError(f"--no-simultaneous trains one modality only: leave out {' '.join(unused)}")
     if not args.no_simultaneous:
         check_one_world("data", args.data, "texts", args.texts)
 
@@ -305,9 +305,9 @@ def masked_pixels(stage, source, device):
     and that of guessing the mean of a picture's visible patches."""
     stage.eval()
     config, found = stage.model.config, torch.zeros(3, dtype=torch.float64, device=device)
-    shares, mask = data.sample_batches(len(source)), hiding("image", config)
+    shares, hide = data.sample_batches(len(source)), hiding("image", config)
     for numbers, image in zip(shares, data.pictures(source, shares, config.image_size, device)):
-        hidden = torch.stack([mask(random.Random(f"mask {i}")) for i in numbers])  # (n, N)
+        hidden = torch.stack([hide(random.Random(f"mask {i}")) for i in numbers])  # (n, N)
         [batch] = with_counts([{"hidden": hidden}])
         batch = to_device(batch, device) | {"image": image}
         wanted = stage.targets(batch)  # (M, P)

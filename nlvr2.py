@@ -119,9 +119,7 @@ def statements(folder, split):
     if split not in FILES:
         raise Absent(f"NLVR2 has no split {split}, but {', '.join(FILES)}")
     name = FILES[split]
-    path = first_that_exists(
-        [folder / below / f"{name}.json" for below in ("", "data", "nlvr2/data")]
-    )
+    path = first_that_exists([folder / below / f"{name}.json" for below in ("", "data", "nlvr2/data")])
     manifest = folder / f"{split}.jsonl"
     if manifest.exists():
         yield from own_statements(manifest)
@@ -136,8 +134,8 @@ def statements(folder, split):
             assert label in ("True", "False"), "label"
             pair, sentence = id.rsplit("-", 1)
             assert pair.count("-") >= 2 and sentence, "identifier"
-        name = f"{entry['directory']}/{pair}" if "directory" in entry else pair
-        images = [path_below(root, f"{name}-img{k}.png", where) for k in (0, 1)]
+        stem = f"{entry['directory']}/{pair}" if "directory" in entry else pair
+        images = [path_below(root, f"{stem}-img{k}.png", where) for k in (0, 1)]
         yield Statement(images, checked_text(text, where), id, label == "True")
 
 

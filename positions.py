@@ -36,17 +36,17 @@ def fit_table(table, old_side, side, old_reach, reach):
     patches = table[: I - 3]
     if old_side != side:
         grid = patches.view(old_span, old_span, -1).double()
-        # From values at places to the cubic spline through them (with not-a-knot ends) at targets.
-        # Beyond the outermost place its value holds
+        # `spline` maps values at `places` to values at `targets` of the cubic spline through them (with
+        # not-a-knot ends); beyond the outermost place the value there holds
         places = geometric_places(old_side, side)
         targets = torch.arange(1 - side, side).to(places).clamp(places[0], places[-1])
-        bases = spline_basis(places, places), spline_basis(targets, places)
-        spline = torch.linalg.solve(*bases, left=False)  # (2·side − 1, 2w − 1)
+        at_places, at_targets = spline_basis(places, places), spline_basis(targets, places)
+        spline = torch.linalg.solve(at_places, at_targets, left=False)  # (2·side − 1, 2w − 1)
         patches = torch.einsum("yi, xj, ijc -> yxc", spline, spline, grid).flatten(0, 1).to(table)
     farthest = old_reach - 2  # text positions 1 … reach−1 are words
-    distance = torch.arange(-reach + 1, reach).clamp(-farthest, farthest)  # unused at both ends
+    distance = torch.arange(-reach + 1, reach).clamp(-farthest, farthest)
     words = table[I + old_reach + distance]
-    words[0], words[-1] = table[I + 1], table[-3]
+    words[0], words[-1] = table[I + 1], table[-3]  # not words: image → text, [T_CLS] → word
     return torch.cat([patches, table[I - 3 : I + 1], words, table[-2:]])
 
 

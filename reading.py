@@ -34,7 +34,7 @@ def text_lines(path):
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number}: no UTF-8 text: {error}") from None
+        raise UserError(f"{path}, line {number}: not UTF-8 text: {error}") from None
 
 
 def checked_captions(captions, where):
@@ -51,7 +51,7 @@ def checked_text(text, where):
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: no valid text: {error}") from None
+        raise UserError(f"{where}: not valid text: {error}") from None
     return text
 
 
@@ -62,7 +62,7 @@ def parse_json(text, where):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: no valid JSON: {error}") from None
+        raise UserError(f"{where}: not valid JSON: {error}") from None
 
 
 def json_lines(path):
@@ -78,7 +78,7 @@ def fields(where, entry, **kinds):
     """The values of a record's fields, of these types. UserError that names record and field."""
     for name, kind in kinds.items():
         if not isinstance(entry, dict) or not isinstance(entry.get(name), kind):
-            raise UserError(f'{where}: "{name}" must be there, a {kind.__name__}')
+            raise UserError(f'{where}: "{name}" is required, as a {kind.__name__}')
     return [entry[name] for name in kinds]
 
 
@@ -140,7 +140,7 @@ def refuse(error):
 def path_below(folder, name, where):
     """The path of a file that a record names. UserError if it is not below the folder."""
     if os.path.isabs(name) or os.path.normpath(name).split("/")[0] == "..":
-        raise UserError(f"{where}: {name[:200]!r} is not below {folder} (a symbolic link there can be)")
+        raise UserError(f"{where}: {name[:200]!r} is not below {folder} (put a symbolic link there)")
     return os.path.join(folder, name)
 
 

@@ -1,8 +1,8 @@
 """Relative positions, as the released base and large models have them: a table of scores for each
 layer and head, added to q·k, and attention that keeps none of them for the backward pass.
 
-Shape letters: B batch, b of it at a time, H heads, R rows that ask, S rows that are read (T text
-tokens, then 1+N patches), d = D/H, P rows of the table.
+Shape letters: B batch, b of it at a time, H heads, R query rows, S key rows (T text tokens, then
+1+N patches), d = D/H, P rows of the table.
 """
 
 import math
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 
 def relative_index(text_len, side, reach):
-    """Rows of the relative-position table for each (query, key): BEiT's 2D offsets, then VLMo's
-    text offsets.
+    """Rows of the relative-position table for each (query, key), written query → key: BEiT's 2D offsets,
+    then VLMo's text offsets.
 
     Returns text (T, T), image (1+N, 1+N) and the number of rows. With I = (2·side−1)² + 3: rows
     below I−3 are patch offsets; I−3, I−2, I−1 are [I_CLS] → patch, patch → [I_CLS], [I_CLS] →
@@ -25,7 +25,7 @@ def relative_index(text_len, side, reach):
     I, N, T = (2 * side - 1) ** 2 + 3, side * side, text_len
     image = torch.empty(1 + N, 1 + N, dtype=torch.int64)
     image[1:, 1:] = offset[..., 0] * (2 * side - 1) + offset[..., 1]
-    image[0, :], image[:, 0], image[0, 0] = I - 3, I - 2, I - 1
+    image[0, :], image[:, 0], image[0, 0] = I - 3, I - 2, I - 1  # in this order: the corner last
 
     size = I + 2 * reach + 2
     position = torch.arange(T)
@@ -66,7 +66,7 @@ class RelativeAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, to_y):
-        """to_y: the gradient of the loss to y, as all other names with to_."""
+        """to_y: the gradient of the loss with respect to y; likewise every name with to_."""
         q, k, v, table, index, mask = ctx.saved_tensors
         scale = 1 / math.sqrt(q.shape[-1])
         scores = scores_of(table, index).to(q.dtype).to(table.dtype)  # rounded as in the forward pass
@@ -92,8 +92,8 @@ class RelativeAttention(torch.autograd.Function):
 
 
 def chunks(q, k):
-    """Slices of the batch: as many samples at a time as keep their scores in the cache of a CPU, or
-    small next to the memory of a GPU."""
+    """Slices of the batch, with so few samples each that their scores fit into a CPU's cache, or are
+    small next to a GPU's memory."""
     at_once = 2**26 if q.is_cuda else 2**20
     step = max(1, at_once // (q.shape[1] * q.shape[2] * k.shape[2]))
     return [slice(first, first + step) for first in range(0, len(q), step)]

@@ -37,12 +37,12 @@ def ranks(scores, relevant):
 
 
 def recall(text_ranks, image_ranks):
-    """Ranks of (images,), (captions,) → {"TR@1", … "IR@10", "mean"} in percent. Text retrieval (TR)
+    """text_ranks (I,), image_ranks (C,) → {"TR@1", … "IR@10", "mean"} in percent. Text retrieval (TR)
     looks for a caption of an image, image retrieval (IR) for the image of a caption."""
     found = {}
-    for way, ranks in (("TR", text_ranks), ("IR", image_ranks)):
+    for way, best in (("TR", text_ranks), ("IR", image_ranks)):
         for k in (1, 5, 10):
-            found[f"{way}@{k}"] = 100 * (ranks < k).double().mean().item()
+            found[f"{way}@{k}"] = 100 * (best < k).double().mean().item()
     return found | {"mean": sum(found.values()) / 6}
 
 
@@ -81,6 +81,7 @@ def embed_texts(model, ids, mask, device, batch):
     texts of about one length, and is cut to it: COCO's captions have 13 tokens on average, the
     longest 40."""
     by_length = mask.sum(1).argsort(stable=True)
+    # Each process gets texts of all lengths, sorted
     order = torch.cat([by_length[process :: losses.world()] for process in range(losses.world())])
     out = []
     for numbers in shard(len(order), batch):
@@ -176,7 +177,7 @@ class Reranker:
         query = first + torch.arange(len(scores)).repeat_interleave(column.shape[1])
         odds = self.odds(query, answer) if image_asks else self.odds(answer, query)
         best = best + odds.view_as(best)
-        best = best - best.amin(1, keepdim=True) + scores.amax(1, keepdim=True) + 1
+        best = best - best.amin(1, keepdim=True) + scores.amax(1, keepdim=True) + 1  # above all others
         return scores.scatter(1, column, best)
 
     def odds(self, image, caption):
@@ -191,8 +192,8 @@ class Reranker:
 
 
 def reranked(model, best, scores, images, ids, mask):
-    """K numbers of `scores`, sorted again by what both heads say together, as in reorder → the
-    numbers, {number: probability of a match}. images, ids, mask: of the K pairs, or one for all."""
+    """best: K indices into `scores` → the same, sorted by s/σ + log-odds as in reorder, and {index:
+    probability of a match}. images, ids, mask: of the K pairs, or one for all."""
     K, pair = len(best), torch.arange(len(best))
     images, ids, mask = images.expand(K, -1, -1, -1), ids.expand(K, -1), mask.expand(K, -1)
     odds = Reranker(model, images, ids, mask, K, scores.device, 64).odds(pair, pair)  # (K,)

@@ -47,7 +47,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def at_least(low):
-    """A type of flags: numbers, int or float like `low`, not below it, and at most 10¹²."""
+    """An argparse type: a number from `low` to 10¹², int or float as `low` is."""
 
     def number(text):
         value = type(low)(text)
@@ -91,7 +91,7 @@ def run(main):
     gc.collect()  # main's objects are gone with the error: the progress bar closes before the line
     if line:
         if int(os.environ.get("RANK", 0)):
-            time.sleep(2)  # process 0's line comes first; if all fail alike, torchrun ends this one before its own
+            time.sleep(2)  # process 0 speaks first; then torchrun ends this process before it speaks
         print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
     elif status == 0 and dist.is_initialized():
         dist.barrier()  # nobody leaves while another one still talks to it
@@ -117,13 +117,13 @@ class Runtime:
 
     def __init__(self, amp="off"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.main = self.rank == 0
         if torch.cuda.is_available():
             gpus = torch.cuda.device_count()
-            if self.local_rank >= gpus:
-                raise UserError(f"process {self.local_rank} has no GPU: start at most {gpus} per node")
-            self.device = torch.device("cuda", self.local_rank)
+            if local_rank >= gpus:
+                raise UserError(f"process {local_rank} has no GPU: start at most {gpus} per node")
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
@@ -189,7 +189,7 @@ def keep_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no tensor gets a mapping of its own, which would end with it
 
 
-IMPATIENT = 5  # seconds after which a second signal is the user's; torchrun forwards what each process has got
+IMPATIENT = 5  # seconds; a second signal sooner is torchrun's copy of the first, later the user's
 
 
 class Signals:
@@ -227,9 +227,9 @@ class Signals:
 
 
 def workers(device, count=None, loaders=1):
-    """The arguments of a DataLoader that say how many processes it forks. count: None, its share of the
-    cores that this process may use, but one; on a CPU 0, because they would take the cores that
-    compute. loaders: how many there are."""
+    """DataLoader arguments for `count` forked worker processes. None: on a GPU this loader's share of
+    the process's cores, all but one; on a CPU 0, because workers would take the cores that compute.
+    loaders: how many loaders share these cores."""
     if count is None and torch.device(device).type == "cuda":
         share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
         count = max(1, share // loaders)
@@ -238,8 +238,8 @@ def workers(device, count=None, loaders=1):
 
 
 def leave_group(_):
-    """In a loader process: Ctrl-C signals a whole group, and a cluster every process. Only its parent,
-    which needs it for the last step, can end it."""
+    """Runs in a loader process: from here on only its parent, which needs it for the last step, can end
+    it, not Ctrl-C, which signals a whole process group, nor a cluster, which signals every process."""
     os.setpgrp()
     if hasattr(signal, "sigwaitinfo"):  # not on a Mac
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
@@ -278,14 +278,15 @@ def adamw(stage):
     """
     matrices = {id(m.weight) for m in stage.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding))}
     in_head = {id(p) for p in stage.head.parameters()}
-    groups = collections.defaultdict(list)
+    parameters = collections.defaultdict(list)  # {(factor, decay): …}
     for p in stage.parameters():
         if p.requires_grad:
             factor = stage.head_factor if id(p) in in_head else 1.0
             decay = stage.weight_decay if id(p) in matrices else 0.0
-            groups[factor, decay].append(p)
-    ordered = sorted(groups, reverse=True)
-    groups = [{"params": groups[key], "factor": key[0], "weight_decay": key[1]} for key in ordered]
+            parameters[factor, decay].append(p)
+    groups = []
+    for factor, decay in sorted(parameters, reverse=True):
+        groups.append({"params": parameters[factor, decay], "factor": factor, "weight_decay": decay})
     return torch.optim.AdamW(groups, lr=0.0, betas=stage.betas, fused=True)
 
 
@@ -350,7 +351,7 @@ def filled_folder(fill, stack):
         path = stack.enter_context(folder)
         fill(Path(path))
     except OSError as error:
-        advice = "TMPDIR names another place"
+        advice = "set TMPDIR to another place"
         raise UserError(f"a temporary folder could not be filled ({error}): {advice}") from None
     return path
 
@@ -382,4 +383,4 @@ def write(path, fill):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path} could not be written, what was there before is kept: {error}") from None
+        raise UserError(f"{path} could not be written (an earlier file is kept): {error}") from None

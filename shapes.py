@@ -49,7 +49,7 @@ def asked(paths):
 class World:
     """A source of pictures with captions. The item of a scene is its meaning, and a hash of the
     meaning gives the scene to one split: 8 tenths to train, 1 each to val and test. So splits share
-    no scene and no caption. Split rare is of test: only what is rare in scarce pairs, see make_thing."""
+    no scene and no caption. Split rare has scenes of test with rare things only, see make_thing."""
 
     by_text = True  # in retrieval, a caption is right for every picture that has it
     drawn = True
@@ -61,7 +61,8 @@ class World:
         if split not in SCENES:
             raise Absent(f"the built-in world has no split {split}, but {', '.join(SCENES)}")
         self.split, self.image_size, self.count = split, image_size, count or SCENES[split]
-        self.things = "scarce" if scarce else "rare" if split == "rare" else "any"
+        usual = "rare" if split == "rare" else "any"
+        self.things = "scarce" if scarce else usual  # a kind of make_thing
         self.name = f"scarce {split}" if scarce else f"0 {split}"  # seeds its random numbers
 
     @classmethod
@@ -119,7 +120,8 @@ class World:
         them."""
         rng = self.rng("statement", i // TIMES)
         text, holds = state(rng, self.things)
-        return text, holds, rng.sample([True, False] * (TIMES // 2), TIMES)[i % TIMES]
+        labels = rng.sample([True, False] * (TIMES // 2), TIMES)
+        return text, holds, labels[i % TIMES]
 
     def image_pair(self, i):
         """The left and the right image of statement i."""
@@ -136,23 +138,25 @@ class World:
 
 def make_scene(split, rng, kind="any"):
     """A scene whose meaning belongs to a split, of things of this kind."""
+    meaning = "test" if split == "rare" else split  # the split that its meaning belongs to
     while True:
         things = [make_thing(rng, kind) for _ in range(rng.choice((2, 3)))]
         scene = {"layout": rng.choice(list(LAYOUTS)), "things": things}
         tenth = stable_hash(describe(scene)[0]) % 10
         home = {9: "test", 8: "val"}.get(tenth, "train")
-        if home == {"rare": "test"}.get(split, split):
+        if home == meaning:
             return scene
 
 
 def make_thing(rng, kind="any"):
-    """kind: "scarce", colors and shapes have long tails, and the k-th comes 1/k times as often as the first
-    (Zipf's law); "rare", only the second half of both, of which a scarce thing has both in one of 17."""
+    """A thing. kind: "any"; "scarce", the k-th color or shape comes 1/k times as often as the first
+    (Zipf's law); "rare", both are of the second half of their list, as in one scarce thing of 17."""
     thing = {"size": rng.choice(list(SIZES))}
     for name, values in {"color": list(COLORS), "shape": SHAPES}.items():
-        tail = [1 / k for k in range(1, len(values) + 1)]
-        values = values[len(values) // 2 :] if kind == "rare" else values
-        [thing[name]] = rng.choices(values, tail) if kind == "scarce" else [rng.choice(values)]
+        if kind == "scarce":
+            thing[name] = rng.choices(values, [1 / k for k in range(1, len(values) + 1)])[0]
+        else:
+            thing[name] = rng.choice(values[len(values) // 2 :] if kind == "rare" else values)
     return thing
 
 
@@ -231,7 +235,7 @@ def ask(scene, rng):
         color, shape = like["color"], like["shape"]
         wanted, noun = rng.choice((({}, "shape"), ({"color": color}, f"{color} shape"), ({"shape": shape}, shape)))
         plural = f"{noun}es" if noun[-1] == "s" else f"{noun}s"
-        number = sum((thing | wanted) == thing for thing in things)
+        number = sum(wanted.items() <= thing.items() for thing in things)
         return f"how many {plural} are there?", str(number), kind
 
     # The color, shape or size of a thing, which is named by another property or by its place

@@ -16,14 +16,14 @@ from runtime import UserError
 
 
 def read_shards(paths, split=None, captions=False):
-    """The pictures of shards, in order. Each core reads a shard at a time: headers are many, 30,000
-    in a shard of 10,000 samples."""
+    """The pictures of shards, in order. Each core reads one shard at a time, because a shard of 10,000
+    samples has 30,000 headers."""
     if not paths:
         return
     read = functools.partial(read_shard, split=split, captions=captions)
     cores = runtime.cores()
     quiet = signal.SIGINT, signal.SIG_IGN  # Ctrl-C ends this process, and with it the others
-    with ProcessPoolExecutor(min(cores, len(paths)), None, signal.signal, quiet) as pool:
+    with ProcessPoolExecutor(min(cores, len(paths)), initializer=signal.signal, initargs=quiet) as pool:
         for first in range(0, len(paths), cores):
             for found in pool.map(read, paths[first : first + cores]):
                 yield from found

@@ -101,6 +101,7 @@ def search(args, run):
     else:
         known = [source[i].captions[0] for i in range(min(3, len(source))) if source[i].captions]
         titles = args.text or known
+        # A source's own captions may be cut to the model's length; typed texts may not
         ids, mask = words.encode_all(known) if known and not args.text else encode(words, args.text, run)
         queries = model.embed_text(ids.to(run.device), mask.to(run.device))  # (C, D)
     rows = []
@@ -135,8 +136,8 @@ def search_texts(model, words, args, run):
     if first := best[: args.rerank]:
         best[: len(first)], _ = retrieval.reranked(model, first, scores, pixels, ids[first], mask[first])
     rows = [f"{k}.  {scores[n]:.3f}  {texts[n]}" for k, n in enumerate(best[: args.best], start=1)]
-    print(found := "\n".join(rows))
-    save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written(found)])]), args)
+    print("\n".join(rows))
+    save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written("\n".join(rows))])]), args)
 
 
 @torch.no_grad()
@@ -153,8 +154,8 @@ def match(args, run):
     probabilities = model.match(ids, mask, pixels.expand(len(ids), -1, -1, -1)).softmax(1)[:, 1]
     rows = [f"ITC {c:6.3f}   ITM {p:6.1%}   {text}" for c, p, text in zip(cosines, probabilities, texts)]
     rows.append("ITC: cosine, ranks many. ITM: probability of a match, judges one pair.")
-    print(found := "\n".join(rows))
-    save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written(found)])]), args)
+    print("\n".join(rows))
+    save(drawing.sheet([(args.image, [drawing.tile(image), drawing.written("\n".join(rows))])]), args)
 
 
 @torch.no_grad()
@@ -257,7 +258,8 @@ def masked(args, run):
     start = checkpoint.read(args.checkpoint)
     model, words, config = checkpoint.load_model(start)
     model.to(run.device)
-    known, rows, ids, mask = inside.fills_in(start), [], None, None
+    known, rows = inside.fills_in(start), []
+    ids = mask = None  # of a model that has learned no words
     if not known:
         raise UserError(f"{args.checkpoint} (stage {start.stage}) has not learned to fill in what is hidden")
     image, texts = image_and_texts(args, config)
@@ -293,7 +295,7 @@ def curve(args, run):
     """The losses of one run or several, and what was measured, from their metrics.jsonl."""
     if len(args.runs) > len(drawing.COLORS):
         raise UserError(f"{len(args.runs)} runs: there are colors for {len(drawing.COLORS)}")
-    known = set().union(*(entry for run in args.runs for entry in drawing.entries(run)))
+    known = set().union(*(entry for path in args.runs for entry in drawing.entries(path)))
     if absent := set(args.only or []) - known:
         raise UserError(f"--only: no run has {', '.join(sorted(absent))}")
     if not (chart := drawing.curves({run: [run] for run in args.runs}, args.only)):
@@ -338,14 +340,14 @@ def add_flags(command, parser):
         one_of("--images", nargs=2, metavar=("LEFT", "RIGHT"))
         flag("--statement", dest="text", metavar="TEXT")
     if command in ("match", "ask", "compare", "attend", "masked"):
-        one_of("--scene", type=at_least(0), default=0, metavar="I", help="of the built-in world")
+        one_of("--scene", type=at_least(0), default=0, metavar="I", help="a scene of the built-in world")
     if command == "attend":
         flag("--layers", nargs="+", type=number, metavar="L", help="from 1 (default: the fusing ones)")
         flag("--heads", nargs="+", type=number, metavar="H", help="from 1 (default: all)")
-        flag("--relevance", action="store_true", help="for predicting the word, through all layers")
+        flag("--relevance", action="store_true", help="show what matters for predicting the word")
     if command == "curve":
         flag("runs", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")
-        flag("--only", nargs="+", metavar="NAME", help="of losses and measures (default: all)")
+        flag("--only", nargs="+", metavar="NAME", help="the losses and measures to draw (default: all)")
 
 
 def main():

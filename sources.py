@@ -1,6 +1,6 @@
 """Pictures on disk, as downloaded. A source is explained in data.py.
 
-What is read of a folder is the first of these that is there; SPLIT is train, val or test:
+A folder is read by the first of these that it has; SPLIT is train, val or test:
 
     SPLIT.jsonl             a manifest: {"image", "captions", "item"} per line
     SPLIT.csv, SPLIT.tsv    a table with columns filepath and title (open_clip's), or image and caption
@@ -102,7 +102,7 @@ def all_pictures(paths, split, captions):
 
 
 def without(records, names):
-    """The records without images of these names. UserError if there are none of them, or no others."""
+    """The records whose image has none of these names. UserError at the end if that is all, or none."""
     count = kept = 0
     for count, record in enumerate(records, start=1):
         if os.path.basename(record.image) not in names:
@@ -126,7 +126,7 @@ def absent(paths, split, captions):
     """The error that there are no such pictures."""
     data = " ".join(map(str, paths))
     if captions:
-        files = ", ".join(caption_files(split))
+        files = ", ".join(caption_file_names(split))
         return Absent(f"{data}: no pictures with captions in split {split} ({files}, *.tar, or *.txt)")
     return Absent(f"{data}: no pictures in split {split}")
 
@@ -158,7 +158,8 @@ def check_folder(folder):
 def refuse_missing(records, split):
     """The records; UserError at the end that names missing images. Each folder is listed once: a disk
     on a network is slow to answer for each image."""
-    listing, missing = functools.cache(list_folder), {}  # in order, each once
+    listing = functools.cache(list_folder)
+    missing = {}  # paths, each once, in order
     for record in records:
         yield record
         for path in [record.image] if isinstance(record.image, str) else record.image:
@@ -183,7 +184,7 @@ def list_folder(folder):
 # ---- Files of captions ---------------------------------------------------------------------------
 
 
-def caption_files(split):
+def caption_file_names(split):
     """Names of files with captions; the first that is there is read."""
     tables = [f"{split}.jsonl", f"{split}.csv", f"{split}.tsv"]
     return [*tables, "dataset_coco.json", "dataset_flickr30k.json"]
@@ -191,7 +192,7 @@ def caption_files(split):
 
 def captions_file(folder, split):
     """The file with the captions of a split in a folder, or None."""
-    paths = [Path(folder, name) for name in caption_files(split)]
+    paths = [Path(folder, name) for name in caption_file_names(split)]
     return next((path for path in paths if path.exists()), None)
 
 

@@ -62,7 +62,7 @@ class Stage(nn.Module):
         self.extra = {}  # what a checkpoint holds besides
 
     def note(self, args, run):
-        """What a run says of this stage when it starts."""
+        """What a run adds to its first line, after "steps of 64 pairs", such as ", with a new head"."""
         return ""
 
     def corpus(self):
@@ -79,13 +79,13 @@ class Stage(nn.Module):
         return {}
 
     def look_ahead(self, parts):
-        """The parts of a step (--accumulate), a list of their batches → the same, with what forward
-        must know of the whole step, if that is more than counts."""
+        """parts: a list with the batches of each part of a step (--accumulate) → the same, plus what
+        forward must know of the whole step besides counts."""
         return parts
 
     def seed(self, part=-1):
-        """Seeds what a part of this step draws on this process, such as drop-path; −1: what the whole
-        step draws. The data have their own seeds."""
+        """Seeds the random draws, such as drop-path, of a part of this step on this process; −1: those of
+        the whole step. The data have their own seeds."""
         runtime.seed_all(self.run_seed, self.step, losses.rank(), part)
 
     def blocks(self):
@@ -142,12 +142,12 @@ class Task(Stage):
     def __init__(self, args, start):
         super().__init__()
         self.loss_weights, self.head_factor = {"loss": 1.0}, args.head_factor
-        self.trained = start if start and start.stage == args.stage else None  # it has the head
+        self.trained = start if start and start.stage == args.stage else None  # it has this head
 
     def set_choices(self, found):
-        """Sets what the head chooses from: those found in the training data (None: in an
-        evaluation), in the order of a head that was trained with the same. With others the head is
-        a new one, as from ImageNet-22k to ImageNet-1k (Table 3)."""
+        """Sets what the head chooses from: the choices found in the training data (None in an
+        evaluation). A trained head for the same choices keeps their order; for other choices the
+        head is a new one, as from ImageNet-22k to ImageNet-1k (Table 3)."""
         known = self.trained.extra["choices"] if self.trained else found
         if known is None:
             advice = "import it again, with --answers"
@@ -163,7 +163,7 @@ class Task(Stage):
         return "" if self.trained else ", with a new head"
 
     def fresh(self, args):
-        """What does not come from a checkpoint: with --fresh-pooler, and a new head, the pooler, and the
+        """Groups not to take from the checkpoint: with --fresh-pooler and a new head, the pooler and the
         matching head, which reads it."""
         return ["pooler", "itm_head"] if not self.trained and args.fresh_pooler else []
 
@@ -232,9 +232,10 @@ def task_flags(parser, base, images="randaugment", text=True):
     if text:
         names.append("max_text_len")
     group = parser.add_argument_group("head")
-    group.add_argument("--head-factor", type=at_least(0.0), default=1.0, metavar="F", help="of the head's learning rate")
+    factor = "the head's learning rate is F times --lr"
+    group.add_argument("--head-factor", type=at_least(0.0), default=1.0, metavar="F", help=factor)
     if text and images:
-        fresh = "a new head begins with a new pooler, and leaves that of matching behind"
+        fresh = "with a new head also start a new pooler, and drop the matching head, which reads it"
         group.add_argument("--fresh-pooler", action=argparse.BooleanOptionalAction, default=False, help=fresh)
     data.flags(parser, images, text, exclude=False)
     config_flags(parser, dataclasses.replace(base, max_text_len=min(base.max_text_len, 40)), names)
@@ -254,9 +255,9 @@ def perplexity(loss, count):
 
 @torch.no_grad()
 def masked_words(predict, packed, training, device):
-    """The share of masked tokens (in percent) that predict(batch) → logits (M, V) finds in
-    texts.Texts, its perplexity, and those of the unigram distribution of the training texts (of 10
-    M tokens at most, one added to each count)."""
+    """Accuracy (in percent) and perplexity of predict(batch) → logits (M, V) on the masked tokens of
+    `packed`, a texts.Texts, and those of the training texts' unigram distribution (from 10 M tokens at
+    most, with one added to each count)."""
     words = packed.words
     seen = torch.from_numpy(np.bincount(training.tokens[: 10**7], minlength=words.size)).double().to(device)
     seen[words.sep] = 0  # separates documents

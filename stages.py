@@ -56,12 +56,12 @@ class Image(Stage):
         # A checkpoint of this stage holds its own tokenizer of images, and a head for its codes
         keeps = start and "dvae" in start.extra and (start.resumed or not args.dvae)
         if keeps and start.resumed and args.dvae != start.args["dvae"]:
-            raise UserError(f"--dvae: {start.path} goes on with the one it was trained with")
+            raise UserError(f"--dvae: {start.path} must keep the dVAE it was trained with")
         kept = start.extra["dvae"] if keeps else dvae.read(args.dvae or "runs/dvae/last.pt")
         self.dvae = dvae.build(kept)
         if self.dvae.config.grid != self.side:
             sizes = f"--image-size {config.image_size} --patch-size {config.patch_size}"
-            found = f"{self.dvae.config.grid} codes a side, not {self.side}"
+            found = f"{self.dvae.config.grid} codes per side, not {self.side}"
             raise UserError(f"the dVAE has {found}: train one with {sizes}")
         self.extra = {"dvae": kept}
 
@@ -89,7 +89,7 @@ class Image(Stage):
 
     @torch.no_grad()
     def measure(self, split, device):
-        """The share of hidden visual tokens (in percent) that the model finds, its perplexity, and
+        """The model's accuracy (in percent) and perplexity on hidden visual tokens, and the accuracy of
         two guesses: the most frequent of all hidden codes, and the code of the nearest visible
         patch."""
         self.eval()
@@ -187,8 +187,8 @@ class Text(Stage):
 
 
 def language_part(model):
-    """What stage text trains, as released. (No text reads the image rows of types and table; their
-    gradient is zero, and weight decay leaves these two alone: they stay.)"""
+    """The modules and parameters that stage text trains, as released. (Texts do not read the image rows
+    of `types` and of the table: with a zero gradient and no weight decay these rows stay.)"""
     yield from (model.words, model.text_norm, model.types, model.norm, model.mlm_head)
     yield model.text_position if model.config.position == "absolute" else model.relative_table
     yield from (block.experts["language"] for block in model.blocks)
@@ -248,7 +248,8 @@ class VL(Stage):
         int64, as data.Pairs makes them, and what loader.with_counts adds. → {name: scalar}, those of
         the losses in of_pairs that have a weight, and what is logged besides, 1/σ among it."""
         image, text, mask = batch["image"], batch["text"], batch["mask"]
-        (b, T), out, pairs = text.shape, {}, []
+        b, T = text.shape
+        out, pairs = {}, []
         wanted = self.loss_weights.keys() & self.of_pairs
 
         # Image-text contrast: Eq. (3) and (4), and hard negatives. Of a step in parts, look_ahead has
@@ -272,10 +273,11 @@ class VL(Stage):
             return out
 
         # All of them in one pass, with texts as long as the longest
-        longest = pairs[-1][0].shape[1]
-        text, mask, image = zip(*pairs)
-        text, mask = (torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in xs]) for xs in (text, mask))
-        states = self.model.encode_pair(text, mask, torch.cat(image), rows=longest)  # (b, 3b or 4b; longest, D)
+        longest = pairs[-1][0].shape[1]  # the last is the longest: compare has padded its wrong text
+        text = torch.cat([F.pad(text, (0, longest - text.shape[1])) for text, _, _ in pairs])
+        mask = torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for _, mask, _ in pairs])
+        image = torch.cat([image for _, _, image in pairs])  # (n, 3, S, S), n = b, 3b or 4b
+        states = self.model.encode_pair(text, mask, image, rows=longest)  # (n, longest, D)
 
         # Masked language modeling on the first b pairs, image-text matching on the last 3b
         if "mlm" in wanted:
@@ -297,8 +299,8 @@ class VL(Stage):
         return image, self.model.embed_text(batch["text"], batch["mask"]), self.model.scale()
 
     def compare(self, batch, vectors):
-        """Compares the pairs of all processes: the loss of Eq. (4), and for each pair a wrong image and
-        a wrong text, hard negatives that are drawn among all pairs, and sent by their owners.
+        """Compares the pairs of all processes: computes the loss of Eq. (4), draws for each pair a wrong
+        image and a wrong text (its hard negatives) among all pairs, and fetches them from their owners.
 
         vectors: as above, of all pairs of this process, or None: all are equally similar. → "itc", the
         loss; "wrong image" (b, 3, S, S), "wrong text", "wrong mask" (b, T), True = real token, with T
@@ -315,9 +317,9 @@ class VL(Stage):
         if "itm" in self.loss_weights:
             self.seed()
             candidate = losses.candidates(same, self.negatives)  # (b, B) bool
-            drawn_image, hard_image, out["image exists"] = losses.draw_negatives(t2i, candidate)  # (b,) each
-            drawn_text, hard_text, out["text exists"] = losses.draw_negatives(i2t, candidate)
-            out["probability"] = (hard_image + hard_text) / 2
+            drawn_image, p_image, out["image exists"] = losses.draw_negatives(t2i, candidate)  # (b,) each
+            drawn_text, p_text, out["text exists"] = losses.draw_negatives(i2t, candidate)
+            out["probability"] = (p_image + p_text) / 2
             out["pairs"] = len(same) + out["image exists"].sum() + out["text exists"].sum()
             out["wrong image"] = losses.exchange(batch["image"], drawn_image)
             both = torch.stack([batch["text"], batch["mask"].long()], dim=1)  # (b, 2, T)
@@ -332,7 +334,8 @@ class VL(Stage):
         found here."""
         if len(parts) == 1 or not {"itc", "itm"} & self.loss_weights.keys():
             return parts
-        pairs, vectors, gradients = [batches[0] for batches in parts], None, None
+        pairs = [batches[0] for batches in parts]
+        vectors = gradients = None
         whole = {name: torch.cat([batch[name] for batch in pairs]) for name in ("image", "text", "mask", "ids")}
         if "itc" in self.loss_weights:
             images, texts = [], []
@@ -348,7 +351,7 @@ class VL(Stage):
             with torch.autocast(whole["ids"].device.type, enabled=False):
                 gradients = torch.autograd.grad(compared["itc"], vectors)
 
-        # Each part gets its rows. The loss of a step is the mean of its parts'
+        # Each part gets its rows. A step's loss is the mean over parts: a row is in one, 1/σ is in each
         out = []
         for number, (batch, *others) in enumerate(parts):
             b = len(batch["ids"])

@@ -45,12 +45,12 @@ def wordpiece(vocab=None):
 
 
 def train_tokenizer(corpus, vocab_size):
-    """WordPiece of at most `vocab_size` entries, trained on the texts of corpus(), which are read twice;
-    the same every time.
+    """Trains WordPiece with at most `vocab_size` entries on the texts of corpus(), which is called twice.
+    The same texts give the same tokenizer.
 
-    A letter has two entries, one ("##a") inside of a word. The most frequent letters have up to half
-    of all; words with others are [UNK]. The library numbers inner letters in the order of a salted
-    hash, unless they are given to it in order.
+    A letter takes two entries: "a" begins a word, "##a" continues one. Letters get up to half of all
+    entries, the most frequent first; a word with any other letter is [UNK]. The "##" letters are passed
+    as special tokens because the library would number them in the order of a salted hash.
     """
     tokenizer = wordpiece()
     letters = collections.Counter()
@@ -99,7 +99,7 @@ def check_tokenizer(tokenizer, path):
         raise UserError(f"vocabulary {path} lacks {', '.join(absent)}")
     ids = sorted(tokenizer.get_vocab().values())
     if ids != list(range(len(ids))):
-        raise UserError(f"vocabulary {path} has an entry twice or a number without one: {len(ids)} up to {ids[-1]}")
+        raise UserError(f"vocabulary {path} must number its {len(ids)} entries from 0 on, each once")
     tokenizer.no_padding()  # Words pads and cuts
     tokenizer.no_truncation()
     return tokenizer
@@ -131,7 +131,8 @@ class Words:
 
     def __init__(self, tokenizer, length):
         self.tokenizer, self.length, self.size = tokenizer, length, tokenizer.get_vocab_size()
-        self.pad, self.cls, self.sep, self.mask = (tokenizer.token_to_id(SPECIAL[i]) for i in (0, 2, 3, 4))
+        named = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+        self.pad, self.cls, self.sep, self.mask = map(tokenizer.token_to_id, named)
         self.inner = np.zeros(self.size, dtype=bool)  # pieces that continue a word
         self.inner[[i for piece, i in tokenizer.get_vocab().items() if piece.startswith("##")]] = True
 
@@ -149,7 +150,8 @@ class Words:
             return self.frame(pieces[: self.length - 2])
         more = self.tokenizer.encode(second, add_special_tokens=False).ids
         while len(pieces) + len(more) > self.length - 3:
-            (pieces if len(pieces) > len(more) else more).pop()
+            longer = pieces if len(pieces) > len(more) else more
+            longer.pop()
         return self.frame([*pieces, self.sep, *more])
 
     def encode_all(self, texts):
@@ -163,15 +165,15 @@ class Words:
 
     def words(self, ids):
         """ids (T,) → the positions of each word's pieces: one that starts with "##" continues a word."""
-        words, inner = [], False  # inner: is there a word that a piece can continue?
+        words, in_word = [], False  # in_word: is there a word that a piece can continue?
         for position, piece in enumerate(ids.tolist()):
             if piece in (self.pad, self.cls, self.sep):
-                inner = False
-            elif inner and self.inner[piece]:
+                in_word = False
+            elif in_word and self.inner[piece]:
                 words[-1].append(position)
             else:
                 words.append([position])
-                inner = True
+                in_word = True
         return words
 
     def mask_words(self, ids, rng):
@@ -251,16 +253,17 @@ def read_texts(path):
 
 
 def documents(path):
-    """The documents of a text file: its paragraphs, or its lines where blank ones are rarer than one in
-    50, such as a few empty documents."""
+    """The documents of a text file: its paragraphs; or its lines, if there is at most one gap per 50 of
+    them, because gaps that rare are empty documents."""
     lines = blocks = 0
     for filled, block in itertools.groupby(read_lines(path), key=bool):
         if filled:
-            lines, blocks = lines + sum(1 for _ in block), blocks + 1
-    several = 50 * (blocks - 1) > lines
+            lines += sum(1 for _ in block)
+            blocks += 1
+    by_paragraph = 50 * (blocks - 1) > lines
     for filled, block in itertools.groupby(read_lines(path), key=bool):
         if filled:
-            yield from [" ".join(block)] if several else block
+            yield from ([" ".join(block)] if by_paragraph else block)
 
 
 def read_documents(paths):
@@ -288,6 +291,7 @@ def pack(texts, words, folder):
     """Writes the token ids of (split, text) pairs, a [T_SEP] after each text: one file per split,
     which Texts reads."""
     texts = iter(texts)
+    # Many texts at a time, on all cores; afterwards off again, because of the forks (see the imports)
     with contextlib.ExitStack() as stack:
         stack.callback(os.environ.update, TOKENIZERS_PARALLELISM=os.environ["TOKENIZERS_PARALLELISM"])
         os.environ["TOKENIZERS_PARALLELISM"] = "true"

@@ -52,7 +52,7 @@ def parse(stages, option, default, description):
     first.add_argument("--config", choices=list(CONFIGS), help="size of the model")
     first.add_argument("--init", metavar="FILE", help="start from this checkpoint")
     first.add_argument("--out", metavar="DIR", help="where the run goes")
-    first.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
+    first.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     chosen, _ = first.parse_known_args()
     name = chosen.stage or default
     out = chosen.out or f"runs/{name}"
@@ -69,7 +69,7 @@ def parse(stages, option, default, description):
             raise UserError(f"{out} holds a run of {start.stage}: give {chosen.stage} another --out")
         name = start.stage
         if name not in stages:
-            raise UserError(f"{out} holds a run of {name}, which another script goes on with")
+            raise UserError(f"{out} holds a run of {name}, which another script continues")
     if not name:
         runtime.Parser(parents=[first], description=description).parse_args()  # it may be --help
         raise UserError(f"name a task: {option} {', '.join(stages)}")
@@ -77,10 +77,10 @@ def parse(stages, option, default, description):
 
     # The model starts from the checkpoint's architecture, or from that of --config
     if start and (start.stage == "dvae") != (name == "dvae"):
-        raise UserError(f"{start.path} is of stage {start.stage}: {option} {name} cannot start from it")
+        raise UserError(f"{option} {name} cannot start from {start.path}, written by stage {start.stage}")
     size = start.args["config"] if start else chosen.config or "tiny"
     if chosen.config not in (None, size):
-        raise UserError(f"{start.path} is of --config {size}: leave --config away")
+        raise UserError(f"{start.path} was trained with --config {size}: leave --config out")
     base = start.config if start and name != "dvae" else CONFIGS[size]
     base = dataclasses.replace(base, **Stage.architecture)
     defaults = Stage.recipe.get(size, Stage.recipe["base"]) | {"stage": name, "config": size, "out": out}
@@ -106,10 +106,10 @@ def run_flags(parser, tuned):
     """Flags of every run. tuned: a task's run is measured in epochs, and chooses its best step."""
     parser.set_defaults(splits=data.SPLITS, training=True)
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=at_least(0), default=0, help="of all random choices")
+    group.add_argument("--seed", type=at_least(0), default=0, help="seed of all random choices")
     group.add_argument("--save-every", type=at_least(1), default=1000, metavar="STEPS", help="write last.pt")
-    group.add_argument("--keep-previous", action="store_true", help="the last.pt before it stays as previous.pt")
-    changes = "of what a resumed run learns: batch, seed, schedule, data, …"
+    group.add_argument("--keep-previous", action="store_true", help="keep the old last.pt as previous.pt")
+    changes = "let a resumed run learn with other settings: batch, seed, schedule, data, …"
     group.add_argument("--allow-changes", action="store_true", help=changes)
     group.add_argument("--log-every", type=at_least(1), default=20, metavar="STEPS", help="write to metrics.jsonl")
     when = "measure split val (default: per epoch, four times at least)" if tuned else "measure split val; 0: never"
@@ -120,20 +120,20 @@ def run_flags(parser, tuned):
     total = "samples of a step, over all processes"
     group.add_argument("--batch-size", type=at_least(1), metavar="B", help=total)
     if tuned:  # finetune.schedule sets steps, warmup and eval_every from it
-        group.add_argument("--epochs", type=at_least(1e-9), help="with a warmup of a tenth of them")
+        group.add_argument("--epochs", type=at_least(1e-9), help="epochs; the first tenth is warmup")
     else:
         group.add_argument("--steps", type=at_least(1), help="optimizer steps")
-        group.add_argument("--warmup", type=at_least(0), metavar="STEPS", help="to the peak rate")
+        group.add_argument("--warmup", type=at_least(0), metavar="STEPS", help="linear warmup to --lr")
     group.add_argument("--lr", type=at_least(0.0), help="peak learning rate")
     group.add_argument(
-        "--clip", type=at_least(0.0), default=0.0, metavar="NORM", help="of the gradient; 0: off"
+        "--clip", type=at_least(0.0), default=0.0, metavar="NORM", help="clip the gradient's norm; 0: off"
     )
     passes = "compute a step in A parts, in the memory of one; contrast and negatives see the whole step"
     group.add_argument("--accumulate", type=at_least(1), default=1, metavar="A", help=passes)
     group = parser.add_argument_group("speed")
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
     group.add_argument("--compile", action="store_true", help="compile the blocks")
-    group.add_argument("--recompute", action="store_true", help="less memory, more time")
+    group.add_argument("--recompute", action="store_true", help="recompute blocks: less memory, slower")
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def summary(stage, args, run, start):
 
 
 def freeze_unread(stage, batches, run):
-    """Freezes what no loss reads, because DDP waits for every gradient. One backward pass tells."""
+    """Freezes what no loss reads, as one backward pass shows, because DDP waits for every gradient."""
     with run.autocast():
         values = stage(*batches)
     sum(values[name] for name in stage.loss_weights).backward()
@@ -221,7 +221,7 @@ def train(stage, args, run, start=None):
         # Log, measure, save: a checkpoint is never ahead of metrics.jsonl, and what it holds is finite
         stop, last = signals.asked(), step == args.steps
         saves = step % args.save_every == 0 or last or stop
-        measures = args.eval_every and (step % args.eval_every == 0 or stage.best and last)
+        measures = args.eval_every and (step % args.eval_every == 0 or (last and stage.best))
         if saves or measures or step % args.log_every == 0:
             log.write(step, lr)
         if measures and log.measure("val", step):  # the best so far
@@ -260,7 +260,8 @@ def finish(stage, out, args, run, log):
 
 def start_runtime(args, start):
     """→ the Runtime. UserError, before any work, if the processes go on from different steps."""
-    run, done = runtime.Runtime(args.amp), start.step if start and start.resumed else 0
+    run = runtime.Runtime(args.amp)
+    done = start.step if start and start.resumed else 0
     last = Path(args.out, "last.pt")
     if len(set(runtime.everyone(lambda: done))) > 1:
         raise UserError(f"--resume: {last} is not the same on all nodes: put --out where all find it")

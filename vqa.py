@@ -40,7 +40,7 @@ class VQA(Task):
     @staticmethod
     def flags(parser, base):
         group = parser.add_argument_group("task vqa")
-        trainval = "train on all of val2014, too, but a fiftieth, which is then split val"
+        trainval = "also train on val2014, except for a fiftieth of it, which becomes split val"
         group.add_argument("--trainval", action="store_true", help=trainval)
         task_flags(parser, base)
 
@@ -208,9 +208,9 @@ def annotations(path):
     for where, entry in official_records(path, "annotations"):
         with malformed(where):
             answers = [answer["answer"] for answer in entry["answers"]]
-            record = answers, entry["multiple_choice_answer"], entry["answer_type"]
-            assert answers and all(isinstance(one, str) for one in (*answers, *record[1:])), "texts"
-            known[entry["question_id"]] = record
+            majority, kind = entry["multiple_choice_answer"], entry["answer_type"]
+            assert answers and all(isinstance(one, str) for one in (*answers, majority, kind)), "texts"
+            known[entry["question_id"]] = answers, majority, kind
     return known
 
 
@@ -241,10 +241,10 @@ def normalise(answer):
     given = text = " ".join(answer.split())
     joined = re.search(r"\d,\d", given)  # as in "1,000"
     for sign in PUNCTUATION:
-        # Next to a space, and in any text with such a number, a sign goes; elsewhere a space
-        # replaces it
-        goes = joined or f"{sign} " in given or f" {sign}" in given
-        text = text.replace(sign, "" if goes else " ")
+        # A sign next to a space, and any sign in a text with such a number, is deleted; elsewhere it
+        # becomes a space
+        deleted = joined or f"{sign} " in given or f" {sign}" in given
+        text = text.replace(sign, "" if deleted else " ")
     text = re.sub(r"\.(?!\d)", "", text)
     words = [DIGITS.get(word, word) for word in text.lower().split()]
     kept = [word for word in words if word not in ("a", "an", "the")]
@@ -252,8 +252,8 @@ def normalise(answer):
 
 
 def answers_to_learn(args, sources):
-    """The answers of the training data; with --trainval of all there is, for the usual 3,129. Of a
-    manifest, and of the built-in world, all; 5,000 questions of the whole world have every one."""
+    """The frequent answers of the training data; with --trainval those of all data, the usual 3,129.
+    Of a manifest and of the built-in world all answers (5,000 questions of the world have every one)."""
     if shapes.asked(args.data):
         world = WorldQuestions("train", 1)
         return answer_vocabulary((world[i].majority for i in range(5000)), often=1)
@@ -302,8 +302,8 @@ def accuracy(answer, answers):
     """VQA 2.0's accuracy of one answer: min(n / 3, 1), where n of the annotators agree, averaged
     over all the sets that leave one of them out."""
     given = [normalise(other) for other in answers]
-    n, all = given.count(normalise(answer)), len(given)
-    return (n * min((n - 1) / 3, 1) + (all - n) * min(n / 3, 1)) / all
+    n, total = given.count(normalise(answer)), len(given)
+    return (n * min((n - 1) / 3, 1) + (total - n) * min(n / 3, 1)) / total
 
 
 def accuracies(predicted, questions):
