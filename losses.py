@@ -1,5 +1,5 @@
-"""The losses of pre-training (Section 3.3) and fine-tuning as functions of tensors, and what they
-need of the other processes.
+"""The losses of pre-training (Sections 3.3 and 3.4) as functions of tensors, and what they need of the
+other processes.
 
 Shape letters: b local batch, W processes, B = W·b global batch, D dim, V vocabulary, M masked
 tokens.

@@ -1,5 +1,4 @@
-"""The built-in world: scenes of two or three colored shapes, drawn with Pillow from (seed, split,
-index).
+"""The built-in world: scenes of two or three colored shapes, drawn with Pillow from (split, index).
 
 A scene is {"layout", "things": [{"size", "color", "shape"}, …]} from left to right or from top to
 bottom. It has captions, questions and a class; two scenes have statements. No files, any size, the

@@ -314,7 +314,7 @@ def read_file(path):
 
 def main():
     parser = runtime.Parser(description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="a released file, .pt or .pth")
+    parser.add_argument("file", metavar="FILE", help="a released file: .pt, .pth or .bin")
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the checkpoint to write")
     parser.add_argument("--vocab", metavar="FILE", help="VLMo: the vocabulary of BERT base uncased")
     answers = "VQA: the folder of VQA 2.0, for the names of the answers"

@@ -2,7 +2,7 @@
 
     python stress/kill.py --kills 200
 
-A run of each stage and task, on one and on two processes, gets a SIGKILL at a random moment, or at a
+A run of most stages and tasks, on one and on two processes, gets a SIGKILL at a random moment, or at a
 write of one of its files (before, within or after it). It is resumed, with a second kill or without,
 and at its end compared with an undisturbed run, bit for bit: parameters, optimizer, metrics.
 """

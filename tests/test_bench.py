@@ -39,7 +39,7 @@ def step(stage):
     [
         ("itc itm mlm", {"experts": "shared"}),
         ("itc itm mlm", RELATIVE | {"attention": "separate"}),
-        ("itc", {}), ("itc mlm", {}), ("mlm", {"vl_layers": 3}), ("itm mlm", {"vl_layers": 0}),
+        ("itc", {}), ("itc mlm", {}), ("itc itm", {}), ("mlm", {"vl_layers": 3}), ("itm mlm", {"vl_layers": 0}),
     ],
 )  # fmt: skip
 def test_the_fast_step_is_the_textbooks(names, switches):
