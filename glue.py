@@ -26,7 +26,7 @@ import texts
 from data import Absent
 from loader import to_device, with_counts
 from mome import initialise
-from reading import read_text
+from reading import print_left_out, read_text
 from records import Records
 from runtime import UserError
 from sources import read_splits, task_folder
@@ -201,8 +201,11 @@ def samples_of(task, path, split):
     test, whose lines are numbered."""
     header = None if split.startswith("test") else task.header
     rows = csv.DictReader(read_text(path).split("\n"), header, delimiter="\t", quoting=csv.QUOTE_NONE)
+    count, left_out = 0, []
     try:
-        for row in rows:
+        if absent := [column for column in task.columns if column not in (rows.fieldnames or [])]:
+            raise UserError(f"{path} has no column {', '.join(absent)}")
+        for count, row in enumerate(rows, start=1):
             sentences = [row.get(column) or "" for column in task.columns]
             label = row.get(task.label)
             is_number = not task.labels and label and math.isfinite(float(label))
@@ -211,8 +214,11 @@ def samples_of(task, path, split):
                 yield Sample(sentences, None)
             elif all(sentences) and has_label:
                 yield Sample(sentences, label)
+            else:
+                left_out.append(f"line {rows.line_num}")
     except (csv.Error, ValueError) as error:
         raise UserError(f"{path}, line {rows.line_num}: {error}") from None
+    print_left_out(path, left_out, count, "a text or an answer of the task")
 
 
 # ---- Samples -------------------------------------------------------------------------------------

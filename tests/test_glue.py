@@ -63,7 +63,7 @@ def write(folder, task, file, labels):
 
 
 @pytest.mark.parametrize("task", HEADERS)
-def test_official_files_are_read(task, tmp_path):
+def test_official_files_are_read(task, tmp_path, capsys):
     kind = glue.TASKS[NAMES[task]]
     labels = kind.labels or ["3.200", "0.5"]
     write(tmp_path, task, kind.files["val"], labels)
@@ -80,7 +80,10 @@ def test_official_files_are_read(task, tmp_path):
     stage = SimpleNamespace(choices=kind.labels)
     target = [glue.GLUE.target(stage, source[i]).item() for i in range(len(source))]
     assert target == pytest.approx(list(range(len(labels))) if kind.labels else [3.2, 0.5])
+    assert f"1 of {len(labels) + 1} samples are left out" in capsys.readouterr().err
     refused(glue.read, kind, [str(tmp_path)], "train", error=data.Absent)
+    write_lines(tmp_path / task / kind.files["test"], "index\ttext")  # of another task
+    refused(glue.read, kind, [str(tmp_path)], "test", says=f"has no column {kind.columns[0]}")
     write(tmp_path, task, kind.files["val"], [*labels, "x" * 200_000])  # more than csv reads
     refused(glue.read, kind, [str(tmp_path)], "val", says=f"{kind.files['val']}, line")
     if not kind.labels:
