@@ -14,7 +14,7 @@ from torch import nn
 import checkpoint
 import losses
 import shapes
-from data import Examples
+from data import SPLITS, Examples
 from loader import Loader
 from mome import initialise, unit
 from records import Records
@@ -60,7 +60,10 @@ class Classify(Task):
 
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
-        self.sources = read_splits(args.splits, lambda split: read(args.data, split, config.image_size))
+        by_hash, splits = not has_split_folders(args.data[0]), args.splits
+        if not args.training and args.zero_shot and by_hash:  # which has classes that the split may lack
+            splits = list(dict.fromkeys([args.split, *SPLITS]))
+        self.sources = read_splits(splits, lambda split: read(args.data, split, config.image_size))
         if not args.training and args.zero_shot:
             self.set_zero_shot(args, config, start, run)
             return
@@ -69,7 +72,7 @@ class Classify(Task):
 
         train = self.sources["train"] if args.training else None
         # A split by a hash may leave no image of a small class for training
-        known = [train] if has_split_folders(args.data[0]) else self.sources.values()
+        known = self.sources.values() if by_hash else [train]
         self.set_choices(sorted(set().union(*map(labels, known))) if train else None)
         for source in self.sources.values():
             if unknown := labels(source).difference(self.choices):
@@ -86,9 +89,10 @@ class Classify(Task):
         self.model.to(run.device).eval()
         self.features = self.model.embed_image
         words, _ = vocabulary(args, config, start, run, corpus=None)
-        known = labels(self.sources[args.split])
+        known = set().union(*map(labels, self.sources.values()))
         names = read_names(args.class_names) if args.class_names else {one: one.replace("_", " ") for one in known}
         self.choices = sorted(names.keys() | known)
+        run.print(f"{len(self.choices)} classes to choose from")
         templates, vectors = args.templates or ["a {}"], []
         for choice in self.choices:
             if not names.get(choice):

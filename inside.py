@@ -146,10 +146,12 @@ def fills_in(start):
     if start.stage.startswith("momo-"):
         own = {"text"} if start.stage == "momo-text" else {"image", "pair"}
         return own if start.args.get("no_simultaneous") else own | {"image", "text"}
-    known = {"image"} if "dvae" in start.extra else set()
-    if "mlm_head" in checkpoint.groups(start.tensors) and start.args.get("mlm_weight") != 0:
-        known |= {"text"} if start.stage == "text" else {"text", "pair"}
-    return known
+    if "dvae" in start.extra:
+        return {"image"}
+    learned = "mlm_head" in checkpoint.groups(start.tensors) and start.args.get("mlm_weight") != 0
+    if not learned or start.stage not in ("text", "vl"):  # a task keeps the head, and forgets its use
+        return set()
+    return {"text"} if start.stage == "text" else {"text", "pair"}
 
 
 def hidden_patches(start, config, rng):

@@ -52,15 +52,17 @@ def view(image, config, run):
 
 
 def encode(words, texts, run):
-    """Typed texts → ids (C, T), mask (C, T). UserError for none, and for one that is empty or too long
-    to be read whole."""
+    """Typed texts → ids (C, T), mask (C, T). UserError for none, and for one without any known word, or too
+    long to be read whole."""
     if not texts:
-        raise UserError("name a text, too: --text, --question or --statement")
+        raise UserError("name a text, too (--help lists the flags)")
     ids, mask = words.encode_all(texts)
     for text in texts:
-        count = len(words.tokenizer.encode(text, add_special_tokens=False).ids)
-        if not 0 < count <= words.length - 2:
-            raise UserError(f'"{text[:40]}" has {count} tokens: this model reads 1 to {words.length - 2}')
+        pieces = words.tokenizer.encode(text, add_special_tokens=False).tokens
+        if len(pieces) > words.length - 2:
+            raise UserError(f'"{text[:40]}" has {len(pieces)} tokens: this model reads {words.length - 2} at most')
+        if set(pieces) <= {"[UNK]"}:
+            raise UserError(f'"{text[:40]}" has no word that this model knows')
     return ids.to(run.device), mask.to(run.device)
 
 
@@ -94,8 +96,6 @@ def search(args, run):
     if args.rerank and args.image:
         raise UserError("--rerank matches an image with texts, not with images")
     source = sources.folder_of_images(args.images, config.image_size)
-    kept = Path(args.out).with_suffix(".vectors.npz") if args.images else None
-    gallery = retrieval.kept_vectors(model, source, kept, args.checkpoint, run.device)  # (I, D)
     if args.image:
         titles, queries = [args.image], model.embed_image(view(read_image(args.image), config, run))
     else:
@@ -104,6 +104,8 @@ def search(args, run):
         # A source's own captions may be cut to the model's length; typed texts may not
         ids, mask = words.encode_all(known) if known and not args.text else encode(words, args.text, run)
         queries = model.embed_text(ids.to(run.device), mask.to(run.device))  # (C, D)
+    kept = Path(args.out).with_suffix(".vectors.npz") if args.images else None
+    gallery = retrieval.kept_vectors(model, source, kept, args.checkpoint, run.device)  # (I, D)
     rows = []
     for q, title in enumerate(titles):
         scores = (gallery @ queries[q]).nan_to_num(-2)  # (I,): −2 is unreadable
@@ -295,7 +297,7 @@ def curve(args, run):
     """The losses of one run or several, and what was measured, from their metrics.jsonl."""
     if len(args.runs) > len(drawing.COLORS):
         raise UserError(f"{len(args.runs)} runs: there are colors for {len(drawing.COLORS)}")
-    known = set().union(*(entry for path in args.runs for entry in drawing.entries(path)))
+    known = set().union(*(entry for path in args.runs for entry in drawing.entries(path))) - {"step", "split"}
     if absent := set(args.only or []) - known:
         raise UserError(f"--only: no run has {', '.join(sorted(absent))}")
     if not (chart := drawing.curves({run: [run] for run in args.runs}, args.only)):
@@ -323,7 +325,7 @@ def add_flags(command, parser):
     if command not in ("embed", "curve"):  # argparse cannot describe a group without flags
         one_of = parser.add_mutually_exclusive_group().add_argument
     if command in ("search", "embed"):
-        flag("--images", metavar="DIR", help="a folder; if it has captions, its split test")
+        flag("--images", metavar="DIR", help="a folder; if it has a file of captions, its split test")
         flag("--texts", metavar="FILE", help="a text per line")
     if command == "search":
         one_of("--image", metavar="FILE", help="look for pictures like it, or for texts that fit it")

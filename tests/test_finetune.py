@@ -211,6 +211,14 @@ def test_zero_shot_the_class_is_that_of_the_nearest_captions(start, tmp_path, mo
     refused(call, "evaluate", *ask, says="class n2")
 
 
+def test_zero_shot_a_split_by_a_hash_has_all_classes_of_the_folder(start, tmp_path, capsys):
+    for i in range(90, 130):
+        picture(tmp_path / f"class {i % 6}/{i}.png")
+    ask = ["--task", "classify", "--zero-shot", "--checkpoint", start, "--data", tmp_path]
+    call("evaluate", *ask, "--split", "val")
+    assert "val: 2 images" in (said := capsys.readouterr().out) and "6 classes to choose from" in said
+
+
 # ---- Mistakes ------------------------------------------------------------------------------------
 
 REFUSED = """

@@ -134,6 +134,16 @@ def test_momo_fills_in_what_its_stage_has_learned(stage, flag, known):
     assert inside.fills_in(start) == set(known.split())
 
 
+@pytest.mark.parametrize("stage, known", [("image", ""), ("text", "text"), ("vl", "pair text"), ("vqa", "")])
+def test_vlmo_fills_in_what_its_stage_has_learned(stage, known):
+    start = SimpleNamespace(stage=stage, args={}, extra={}, tensors=["mlm_head.0.weight"])
+    assert inside.fills_in(start) == set(known.split())
+    start.args["mlm_weight"] = 0
+    assert inside.fills_in(start) == set()
+    start.extra["dvae"] = {}
+    assert inside.fills_in(start) == {"image"}
+
+
 def test_guesses_are_the_likeliest_words_in_the_place_of_each(words):
     """Of a VLMo, next to an image and without."""
     model, (text, mask, image) = model_of(), pair(words)

@@ -176,6 +176,7 @@ search --checkpoint vl --image own/0.png --texts empty.txt | search --checkpoint
 search --checkpoint vl --images own --texts texts.txt | search --checkpoint vl --out absent/a.png
 match --checkpoint vl --image own/0.png | match --checkpoint no-words | match --checkpoint vl --text EMPTY
 match --checkpoint vl --text LONG | match --checkpoint vl --text LATIN
+match --checkpoint vl --text 日本語 | curve runs/vl --only split
 ask --checkpoint vl | ask --checkpoint vqa --image own/0.png | compare --checkpoint vqa
 attend --checkpoint vl --layers 3 | attend --checkpoint vl --relevance --heads 1
 attend --checkpoint momo-vl --relevance | masked --checkpoint momo-vl --image own/0.png
