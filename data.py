@@ -145,6 +145,7 @@ class Pairs(Images):
     def __init__(self, source, words, image_size, args, hide=None):
         super().__init__(source, image_size, args, "randaugment", hide)
         self.words = words
+        print_not_read_whole(source, words)
         self.ends = source.caption_ends()  # where the pairs of each picture end
 
     def __len__(self):
@@ -170,6 +171,7 @@ class Examples(Images):
         """words: None if the task has no texts. target: (record) → tensor."""
         super().__init__(source, image_size, args, usual)
         self.words, self.target = words, target
+        print_not_read_whole(source, words)
 
     def sample(self, index, i, rng):
         record = self.source[i]
@@ -177,6 +179,19 @@ class Examples(Images):
         if self.words:
             sample["text"], sample["mask"] = self.words.encode(record.text)
         return sample
+
+
+def print_not_read_whole(source, words):
+    """Says how many of a source's first thousand texts the model cannot read whole. words: or None."""
+    if source.drawn or not words or losses.rank():
+        return
+    found = list(itertools.islice(source.corpus(), 1000))
+    encodings = words.tokenizer.encode_batch(found, add_special_tokens=False)
+    cut = sum(len(encoding.ids) > words.length - 2 for encoding in encodings)
+    unknown = sum("[UNK]" in encoding.tokens for encoding in encodings)
+    if cut or unknown:
+        told = f"{cut} are cut (--max-text-len {words.length}), {unknown} have words that the vocabulary lacks"
+        tqdm.write(f"of {len(found)} texts {told}", file=sys.stderr)
 
 
 # ---- The order of samples ------------------------------------------------------------------------

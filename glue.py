@@ -240,6 +240,7 @@ class Sentences(Dataset):
 
     def __init__(self, source, words, target):
         self.source, self.words, self.target = source, words, target
+        data.print_not_read_whole(source, words)
 
     def __len__(self):
         return len(self.source)
