@@ -118,9 +118,12 @@ def bench_step(kinds, name, b, run, repeats):
     rows, best, first = [], matmul_peak(run), next(iter(kinds))
     for kind, arguments in kinds.items():
         median = statistics.median(seconds[kind])
-        side = Side(name, b, run, **arguments | {"compile": False})  # compiled code hides its FLOPs
+        side = makers[kind]()
         side()  # AdamW makes its averages
-        work, memory = flops(side), tensor_memory(side, run.device)
+        memory = tensor_memory(side, run.device)
+        if arguments.get("compile"):  # compiled code hides its FLOPs
+            side = Side(name, b, run, **arguments | {"compile": False})
+        work = flops(side)
         rows.append({
             "side": kind,
             "pairs/s": b / median,

@@ -110,7 +110,8 @@ WHILE_READING = datetime.timedelta(hours=4)  # the others wait while one process
 
 
 class Runtime:
-    """This process among W: rank, world, device, main (True on process 0), and autocast().
+    """This process among W: rank, world, device, main (True on process 0), and autocast(); of several
+    processes on_hosts, a group for numbers that are on no device.
 
     Reads torchrun's environment; without it, one process and no process group.
     """
@@ -132,8 +133,9 @@ class Runtime:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             try:
                 dist.init_process_group(backend, timeout=WHILE_READING)
-            except (dist.DistError, ValueError) as error:  # ValueError: no rank, address or port
-                advice = "start all of them, best with torchrun"
+                self.on_hosts = dist.new_group(backend="gloo")  # no device has to wait
+            except (RuntimeError, ValueError) as error:  # ValueError: no rank, address or port
+                advice = "start all of them, best with torchrun; GLOO_SOCKET_IFNAME names the network between nodes"
                 raise UserError(f"{self.world} processes did not meet ({first_line(error)}): {advice}") from None
         self.dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.autocast = functools.partial(torch.autocast, self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -198,7 +200,6 @@ class Signals:
 
     def __init__(self, run):
         self.run, self.caught = run, 0
-        self.group = dist.new_group(backend="gloo") if run.world > 1 else None  # no device has to wait
         self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def close(self):
@@ -221,8 +222,8 @@ class Signals:
     def asked(self):
         """The number of the signal, or 0: the same on all processes."""
         number = torch.tensor(self.caught)
-        if self.group:
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
+        if self.run.world > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.run.on_hosts)
         return int(number)
 
 
@@ -301,13 +302,21 @@ def learning_rate(step, steps, warmup, peak, decay="linear"):
 
 
 def speed_up(stage, args, run):
-    """--compile: compiles the blocks. --recompute: a block keeps only its input for the backward
-    pass. In this order, because what checkpoint() wraps is hidden from the compiler."""
+    """--compile and --recompute, in this order, because what checkpoint() wraps is hidden from the
+    compiler. UserError if the stage has no blocks."""
+    blocks = stage.blocks()
+    if (args.compile or args.recompute) and not blocks:
+        raise UserError("--compile and --recompute: this stage has no Transformer blocks")
     if args.compile:
-        compile_blocks(stage.blocks(), run)
+        compile_blocks(blocks, run)
     if args.recompute:
-        for block in stage.blocks():
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        recompute(blocks)
+
+
+def recompute(blocks):
+    """From here on each block keeps only its input for the backward pass."""
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(blocks, run):
@@ -321,6 +330,7 @@ def compile_blocks(blocks, run):
     # block (last, fusing) and mode
     torch._dynamo.config.cache_size_limit = 512  # recompile_limit since torch 2.7
     torch._dynamo.config.accumulated_cache_size_limit = 2048
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks; DDP sends while the next one computes
     torch._inductor.config.fallback_random = True  # look_ahead needs the same drop-path without gradients
     for block in blocks:
         block.forward = torch.compile(block.forward)

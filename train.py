@@ -11,6 +11,7 @@
     torchrun --nproc_per_node=8 train.py --config base --data coco vg --amp bf16 --compile
 """
 
+import argparse
 import dataclasses
 import math
 from pathlib import Path
@@ -132,8 +133,9 @@ def run_flags(parser, tuned):
     group.add_argument("--accumulate", type=at_least(1), default=1, metavar="A", help=passes)
     group = parser.add_argument_group("speed")
     group.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off", help="mixed precision")
-    group.add_argument("--compile", action="store_true", help="compile the blocks")
-    group.add_argument("--recompute", action="store_true", help="recompute blocks: less memory, slower")
+    switch = argparse.BooleanOptionalAction
+    group.add_argument("--compile", action=switch, default=False, help="compile the blocks")
+    group.add_argument("--recompute", action=switch, default=False, help="recompute blocks: less memory, slower")
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -156,12 +158,16 @@ def summary(stage, args, run, start):
 
 def freeze_unread(stage, batches, run):
     """Freezes what no loss reads, as one backward pass shows, because DDP waits for every gradient."""
+    blocks = stage.blocks()
+    runtime.recompute(blocks)  # the memory of this pass is not to be more than that of a step
     with run.autocast():
         values = stage(*batches)
     sum(values[name] for name in stage.loss_weights).backward()
     for parameter in stage.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     stage.zero_grad()
+    for block in blocks:
+        del block.forward
 
 
 def train(stage, args, run, start=None):

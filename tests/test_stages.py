@@ -86,12 +86,15 @@ def stage_of(kind, wanted, changes):
         (Probe, "loss", {}, ""),
     ],
 )
-def test_a_stage_trains_what_its_losses_read_and_nothing_else(kind, wanted, changes, frozen):
+def test_a_stage_trains_what_its_losses_read_and_nothing_else(kind, wanted, changes, frozen, monkeypatch):
+    recomputed, real = [], runtime.checkpoint
+    monkeypatch.setattr(runtime, "checkpoint", lambda *x, **how: recomputed.append(x) or real(*x, **how))
     stage, batch = stage_of(kind, wanted, changes)
     first = batch
     if kind in (VL, Text):  # by chance, the batch that tells has no masked token
         [first] = with_counts([batch | {"labels": torch.full_like(batch["labels"], IGNORE)}])
     train.freeze_unread(stage, (first,), runtime.Runtime())
+    assert recomputed and not any("forward" in vars(block) for block in stage.blocks())
     for name, parameter in stage.model.named_parameters():
         assert parameter.requires_grad != bool(re.match(frozen, name)), name
     assert all(p.requires_grad for p in stage.head.parameters())

@@ -249,7 +249,7 @@ REFUSED = """
 --heads 5 | --vl-layers 9 | --vocab absent.txt | --stage image --itc-weight 1
 --itc-weight 0 --itm-weight 0 --mlm-weight 0
 --data absent | --data vl/config.json | --data vl | --out vl/config.json/below | --out vl/config.json
---stage dvae --init image/last.pt | --stage image | --stage image --dvae absent.pt
+--stage dvae --recompute | --stage dvae --init image/last.pt | --stage image | --stage image --dvae absent.pt
 --stage image --dvae image/last.pt | --stage image --dvae dvae/last.pt --patch-size 4
 --stage text | --stage text --init shared.pt | --stage text --init image/last.pt --max-text-len 2
 --stage text --init image/last.pt --data image | --init absent.pt | --init dvae/last.pt
