@@ -145,7 +145,8 @@ class Pairs(Images):
     def __init__(self, source, words, image_size, args, hide=None):
         super().__init__(source, image_size, args, "randaugment", hide)
         self.words = words
-        print_not_read_whole(source, words)
+        if words and not source.drawn:
+            print_not_read_whole(source.corpus(), words)
         self.ends = source.caption_ends()  # where the pairs of each picture end
 
     def __len__(self):
@@ -171,7 +172,8 @@ class Examples(Images):
         """words: None if the task has no texts. target: (record) → tensor."""
         super().__init__(source, image_size, args, usual)
         self.words, self.target = words, target
-        print_not_read_whole(source, words)
+        if words and not source.drawn:
+            print_not_read_whole(source.corpus(), words)
 
     def sample(self, index, i, rng):
         record = self.source[i]
@@ -181,11 +183,11 @@ class Examples(Images):
         return sample
 
 
-def print_not_read_whole(source, words):
-    """Says how many of a source's first thousand texts the model cannot read whole. words: or None."""
-    if source.drawn or not words or losses.rank():
+def print_not_read_whole(texts, words):
+    """Says, on process 0, how many of the first thousand texts a model cannot read whole."""
+    if losses.rank():
         return
-    found = list(itertools.islice(source.corpus(), 1000))
+    found = list(itertools.islice(texts, 1000))
     encodings = words.tokenizer.encode_batch(found, add_special_tokens=False)
     cut = sum(len(encoding.ids) > words.length - 2 for encoding in encodings)
     unknown = sum("[UNK]" in encoding.tokens for encoding in encodings)

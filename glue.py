@@ -240,7 +240,8 @@ class Sentences(Dataset):
 
     def __init__(self, source, words, target):
         self.source, self.words, self.target = source, words, target
-        data.print_not_read_whole(source, words)
+        if not source.drawn:
+            data.print_not_read_whole(source.corpus(), words)
 
     def __len__(self):
         return len(self.source)

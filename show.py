@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import data
 import drawing
 import inside
 import nlvr2
@@ -132,6 +133,7 @@ def search_texts(model, words, args, run):
         raise UserError("--texts are what an --image looks for: name it, and no --images")
     image, texts = read_image(args.image), read_texts(args.texts)
     pixels = view(image, model.config, run)
+    data.print_not_read_whole(texts, words)
     ids, mask = words.encode_all(texts)
     scores = retrieval.embed_texts(model, ids, mask, run.device, 64) @ model.embed_image(pixels)[0]  # (C,)
     best = scores.topk(min(max(args.best, args.rerank), len(scores))).indices.tolist()
@@ -173,6 +175,7 @@ def embed(args, run):
     captions = [caption for i in readable for caption in source[i].captions]
     texts = read_texts(args.texts) if args.texts else captions
     if texts:
+        data.print_not_read_whole(texts, words)
         ids, mask = words.encode_all(texts)
         found = retrieval.embed_texts(model, ids, mask, run.device, 64)
         content |= {"texts": np.array(texts), "text_vectors": found.cpu().numpy()}

@@ -155,6 +155,9 @@ class Pictures(list):
     def caption_ends(self):
         return np.cumsum([len(picture.captions) for picture in self])
 
+    def corpus(self):
+        return (caption for picture in self for caption in picture.captions)
+
     def image(self, i, view=None):
         if i in self.broken:
             raise images.Unreadable(f"{i}.png cannot be read")
@@ -195,7 +198,7 @@ def test_samples_are_a_function_of_seed_epoch_and_index(words):
     assert data.Images(world, 16, options()).augmentation == "crop"
 
 
-def test_an_epoch_has_every_caption_of_every_picture_once(words):
+def test_an_epoch_has_every_caption_of_every_picture_once(words, capsys):
     source = Pictures(5, captions=2)
     source[1], source[3] = source[1]._replace(captions=["a"]), source[3]._replace(captions=["b"] * 9)
     pairs = data.Pairs(source, words, 8, options())
@@ -206,7 +209,9 @@ def test_an_epoch_has_every_caption_of_every_picture_once(words):
     same = Pictures(4)
     for i, caption in enumerate(["Number 3", "number 3", "number 3 " + 30 * "1 ", "number 3 " + 40 * "1 "]):
         same[i] = same[i]._replace(captions=[caption])
+    same.drawn = False
     pairs = data.Pairs(same, words, 8, options())  # captions that are read alike, also because they are cut
+    assert "of 4 texts 2 are cut (--max-text-len 24), 4 have words that" in capsys.readouterr().err
     a, b, c, d = (pairs[0, number]["ids"][1].item() for number in range(4))
     assert a == b != c == d
 
