@@ -44,8 +44,8 @@ CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backwa
 
 
 def alternate(sides, repeats, device):
-    """{name: make} → {name: [seconds]}, in turns: make() → a function, which runs once to warm up, then
-    against the clock, and is gone before the next side is made."""
+    """{name: make} → {name: [seconds]}, in turns: make() → a function, which runs once to warm up,
+    then against the clock, and is gone before the next side is made."""
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     seconds = {name: [] for name in sides}
     for _ in range(repeats):
@@ -226,8 +226,8 @@ PHOTOS, VIEWS = ((640, 480), (2048, 1536)), 100
 
 
 def bench_loader(repeats):
-    """Training views that one process makes of JPEG files, 224 pixels with RandAugment, next to a plain
-    loader, which decodes and resizes every pixel."""
+    """Training views that one process makes of JPEG files, 224 pixels with RandAugment, next to a
+    plain loader, which decodes and resizes every pixel."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for width, height in PHOTOS:
@@ -273,9 +273,9 @@ H100 = 0.4 * 989  # TFLOP/s of matrix products in bf16, at 40 % of its peak
 
 
 def bench_sizes(name, position, run):
-    """What one more sample in the batch costs, with a text of full length: memory of its activations,
-    with and without --recompute, and work. Next to it what the parameters that train, their
-    gradients and AdamW's averages take, in float32, and how many samples an H100 wants."""
+    """What one more sample in the batch costs, with a text of full length: memory of its
+    activations, with and without --recompute, and work. Next to it what the parameters that train,
+    their gradients and AdamW's averages take, in float32, and how many samples an H100 wants."""
     rows = []
     for kind, size, tokens in RUNS:
         clear()

@@ -69,10 +69,10 @@ DAMAGED += (pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error
 class Checkpoint:
     """A checkpoint in memory. UserError if the content is not one of this project and version.
 
-    stage: the stage or task that wrote it. step, args: of its run, see settings(). config: a Config,
-    or of stage dvae the fields of its own. tensors, head: of the model and of what later stages leave
-    behind. tokenizer: or None. extra: what the stage keeps besides, such as the answers of VQA.
-    resumed: whether the run goes on, or another one begins from it.
+    stage: the stage or task that wrote it. step, args: of its run, see settings(). config: a
+    Config, or of stage dvae the fields of its own. tensors, head: of the model and of what later
+    stages leave behind. tokenizer: or None. extra: what the stage keeps besides, such as the
+    answers of VQA. resumed: whether the run goes on, or another one begins from it.
     """
 
     def __init__(self, path, content, resumed=False):
@@ -144,8 +144,8 @@ class Checkpoint:
 
 
 def load(path, mmap=False):
-    """What torch.save wrote to a file. UserError if the file is missing, has changed since, or holds
-    more than tensors and plain values: reading other objects could run any code.
+    """What torch.save wrote to a file. UserError if the file is missing, has changed since, or
+    holds more than tensors and plain values: reading other objects could run any code.
 
     Its archive has a CRC of each part, which torch.load does not look at. mmap: maps the file into
     memory instead of copying it.
@@ -195,8 +195,8 @@ def save(path, stage, args, run, step, record, optimizer=None, scaler=None):
 
 
 def settings(stage, args, run):
-    """What a run is, for last.pt and config.json. Among its args are the number of processes, and how
-    many samples each data set has."""
+    """What a run is, for last.pt and config.json. Among its args are the number of processes, and
+    how many samples each data set has."""
     config = dataclasses.asdict(stage.model.config)
     given = vars(args)
     actual = {name: value for name, value in config.items() if name in given}  # vocab_size follows the data
@@ -234,9 +234,9 @@ def begin(config, start, seed, fresh=(), copies=True):
     """A model of this Config with what a checkpoint has learned, except groups in `fresh` → VLMo,
     origin.
 
-    copies: whether experts that it lacks start from the vision experts, or from random weights; attention
-    always starts from the image's.
-    origin: {group: how it came}, empty without a checkpoint (see fit).
+    copies: whether experts that it lacks start from the vision experts, or from random weights;
+    attention always starts from the image's. origin: {group: how it came}, empty without a
+    checkpoint (see fit).
     """
     runtime.seed_all(seed)
     model = VLMo(config)
@@ -313,8 +313,8 @@ def load_model(path, needs=()):
 
 
 def counterparts(tensors, own):
-    """A file's tensors by the names of a model, which may have as shared what the file has for vision,
-    or the reverse (Tables 5 and 7)."""
+    """A file's tensors by the names of a model, which may have as shared what the file has for
+    vision, or the reverse (Tables 5 and 7)."""
     renamed = {}
     for name, tensor in tensors.items():
         names = name, name.replace(".vision.", ".shared."), name.replace(".shared.", ".vision.")

@@ -285,8 +285,8 @@ def pictures(source, batches, size, device):
 
 
 def shard(count, batch):
-    """This process's share of 0 … count−1, in batches. Shares are equally long, for losses.gather: at
-    the end the number count−1 is repeated."""
+    """This process's share of 0 … count−1, in batches. Shares are equally long, for losses.gather:
+    at the end the number count−1 is repeated."""
     share = -(-count // losses.world())
     first = min(losses.rank() * share, count)
     mine = [min(first + k, count - 1) for k in range(share)]

@@ -101,9 +101,9 @@ NOT_SHOWN = ("step", "split", "lr", "unreadable", "waited_s")
 
 
 def curves(runs, only=None):
-    """Draws the losses and measures of runs as one picture, except those that never change; None if none
-    is left. runs: {name: folders of runs, or their metrics.jsonl}; of several, the mean is drawn.
-    only: names of the losses and measures to draw (default: all)."""
+    """Draws the losses and measures of runs as one picture, except those that never change; None if
+    none is left. runs: {name: folders of runs, or their metrics.jsonl}; of several, the mean is
+    drawn. only: names of the losses and measures to draw (default: all)."""
     found = collections.defaultdict(list)  # {(title, run, step): values}
     for run, paths in runs.items():
         for path in paths:

@@ -97,8 +97,8 @@ def dvae_losses(pixels, reconstruction, logits):
 
     pixels, reconstruction (b, 3, ·, ·); logits (b, N, K) → {"reconstruction": mean squared error,
     "kl": nats}. The bound's KL(q(z|x) ‖ uniform) is, on average, what a code says about its image
-    plus KL(q(z) ‖ uniform) of the codebook's use over all images; only the second is penalised here: a
-    code should say much about its image, and all codes should be used.
+    plus KL(q(z) ‖ uniform) of the codebook's use over all images; only the second is penalised
+    here: a code should say much about its image, and all codes should be used.
     """
     posterior = logits.float().softmax(-1).flatten(0, 1).mean(0, keepdim=True)  # (1, K)
     used = losses.gather(posterior).mean(0)  # (K,): q(z) of the global batch

@@ -179,8 +179,8 @@ def runs_of(tables):
 
 
 def train_all(names, args):
-    """Trains everything, --jobs at a time, each run after what it needs. UserError for the first that
-    fails. Whatever ends this, runs that go on are stopped, with a checkpoint."""
+    """Trains everything, --jobs at a time, each run after what it needs. UserError for the first
+    that fails. Whatever ends this, runs that go on are stopped, with a checkpoint."""
     waiting = [(name, seed) for name in names for seed in range(args.seeds)]
     running, finished = {}, set()  # {(name, seed): its process}
     bar = tqdm(total=len(waiting), unit="run")
@@ -321,8 +321,8 @@ def verdict(better, worse):
 
 
 def report(table, args):
-    """A table in Markdown: its rows with mean, standard error and the values by seed; and the paper's
-    orderings, with a verdict on each measure on which the paper has them."""
+    """A table in Markdown: its rows with mean, standard error and the values by seed; and the
+    paper's orderings, with a verdict on each measure on which the paper has them."""
     lines = [f"**{table.title}**", "", *header("", *table.measures, "minutes")]
     for row, meaning in table.rows.items():
         columns = [in_short(values(row, measure, args)) for measure in table.measures]

@@ -254,8 +254,8 @@ class Sentences(Dataset):
 
 
 class WorldEntailment(shapes.World):
-    """A caption of a scene, and a caption of two things. Half of them follow; of the others half name
-    a thing that the scene does not have, half name its things in the wrong order."""
+    """A caption of a scene, and a caption of two things. Half of them follow; of the others half
+    name a thing that the scene does not have, half name its things in the wrong order."""
 
     def __getitem__(self, i):
         scene, rng = self.scene(i), self.rng("entailment", i)

@@ -29,12 +29,12 @@ GRAY = (128, 128, 128)
 
 
 def read_image(path, view=None, at=None):
-    """RGB, turned as its EXIF data says; transparent parts become white, and gray values of more than 8
-    bit are scaled by their range. Unreadable, with the path, if it is no image.
+    """RGB, turned as its EXIF data says; transparent parts become white, and gray values of more
+    than 8 bit are scaled by their range. Unreadable, with the path, if it is no image.
 
-    view: None, or the side of the training view that is made of it: then a JPEG file is decoded at a
-    half, a quarter or an eighth of its size, if that is enough.
-    at: where an image in a shard is, (file, offset, size).
+    view: None, or the side of the training view that is made of it: then a JPEG file is decoded at
+    a half, a quarter or an eighth of its size, if that is enough. at: where an image in a shard is,
+    (file, offset, size).
     """
     try:
         shard, offset, size = at or (path, 0, -1)

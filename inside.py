@@ -27,8 +27,8 @@ from texts import IGNORE
 
 @contextlib.contextmanager
 def attention_of(model):
-    """Inside, each forward pass over pairs fills a list with the attention probabilities of its layers,
-    (B, H, S, S) each, which the fused kernel of Attention.forward keeps to itself."""
+    """Inside, each forward pass over pairs fills a list with the attention probabilities of its
+    layers, (B, H, S, S) each, which the fused kernel of Attention.forward keeps to itself."""
     caught = []
 
     def written_out(layer, inputs, output):
@@ -60,8 +60,8 @@ def mask_each_word(words, text):
 
 @torch.no_grad()
 def attention_maps(model, text, mask, image, layers, heads):
-    """What each token reads of each patch, a mean over layers and heads (numbers from 0): (B, T, N).
-    text, mask (B, T), image (B, 3, side, side)."""
+    """What each token reads of each patch, a mean over layers and heads (numbers from 0): (B, T,
+    N). text, mask (B, T), image (B, 3, side, side)."""
     with attention_of(model) as caught:
         model.encode_pair(text, mask, image)
     T = text.shape[1]
@@ -70,12 +70,12 @@ def attention_maps(model, text, mask, image, layers, heads):
 
 
 def relevance_maps(model, words, text, mask, image):
-    """How much each patch matters when a word is masked and predicted: (T, N), with the same row for
-    all pieces of a word. text, mask (T,), image (3, side, side).
+    """How much each patch matters when a word is masked and predicted: (T, N), with the same row
+    for all pieces of a word. text, mask (T,), image (3, side, side).
 
-    In each layer, attention times its gradient (the positive part, averaged over heads) says how much a
-    row takes from each other row; R accumulates this over all layers (Chefer et al., "Generic
-    Attention-model Explainability", which MoMo's Figure 4 uses).
+    In each layer, attention times its gradient (the positive part, averaged over heads) says how
+    much a row takes from each other row; R accumulates this over all layers (Chefer et al.,
+    "Generic Attention-model Explainability", which MoMo's Figure 4 uses).
     """
     places, masked, _ = mask_each_word(words, text)
     with torch.enable_grad(), attention_of(model) as caught:
@@ -101,11 +101,11 @@ KINDS |= dict.fromkeys(shapes.SHAPES, "shape")
 def pointing_game(maps, words, config, device, count=200):
     """Whether the hottest patch of a word that describes a thing lies in that thing, on scenes of
     the built-in world's split test → {"size", "color", "shape", "all", "any thing": how often it
-    lies in any thing of the scene, "chance": of a patch at random}, in percent, of the kinds of words
-    that the model knows.
+    lies in any thing of the scene, "chance": of a patch at random}, in percent, of the kinds of
+    words that the model knows.
 
-    maps(text (1, T), mask (1, T), image (1, 3, side, side)) → (T, N). A patch lies in a thing if its
-    center lies in the thing's circle.
+    maps(text (1, T), mask (1, T), image (1, 3, side, side)) → (T, N). A patch lies in a thing if
+    its center lies in the thing's circle.
     """
     world = shapes.World("test", config.image_size)
     hits = {name: [] for name in ("size", "color", "shape", "all", "any thing", "chance")}
@@ -164,8 +164,8 @@ def hidden_patches(start, config, rng):
 
 def reconstructed(start, model, image, hidden, text=None, mask=None):
     """An image (1, 3, S, S) uint8 whose hidden patches (1, N) are what stage image predicts of them
-    (visual tokens, decoded), or MoMo (values of pixels; in stage momo-vl with the help of a text, text
-    and mask (1, T))."""
+    (visual tokens, decoded), or MoMo (values of pixels; in stage momo-vl with the help of a text,
+    text and mask (1, T))."""
     if "dvae" in start.extra:
         tokenizer = dvae.build(start.extra["dvae"]).to(image.device)
         head = MIMHead(model.config, tokenizer.config.codes).to(image.device)

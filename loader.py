@@ -17,8 +17,8 @@ class Loader:
     """This process's steps without end: lists of the step's parts (--accumulate), each with a batch
     of every data set, on the device.
 
-    Counts unreadable images, and the seconds that the run waited. UserError if more than 1 % of what
-    was read (and more than 10 images) is unreadable, or IN_A_ROW images in a row.
+    Counts unreadable images, and the seconds that the run waited. UserError if more than 1 % of
+    what was read (and more than 10 images) is unreadable, or IN_A_ROW images in a row.
     """
 
     def __init__(self, samples, args, run, start=0):

@@ -61,8 +61,8 @@ class Log:
         self.bar.update()
 
     def write(self, step, lr):
-        """Writes a line. UserError, on all processes alike, if a loss or parameter is not finite, or
-        fp16 has skipped too many steps."""
+        """Writes a line. UserError, on all processes alike, if a loss or parameter is not finite,
+        or fp16 has skipped too many steps."""
         means = [total / self.counts[name] for name, total in self.sums.items()]
         size = nn.utils.get_total_norm([p.detach() for p in self.stage.parameters() if p.requires_grad])
         others = [size.float(), self.skipped, means[0].new_tensor(self.loader.unreadable)]

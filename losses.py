@@ -140,10 +140,10 @@ def candidates(same, negatives):
 def draw_negatives(scores, candidate):
     """Draws one hard negative per row, with probability softmax(scores) over its candidates.
 
-    scores, candidate (b, B) → drawn (b,), global indices; their probabilities (b,); found (b,) bool,
-    False where a row has no candidate, so that its draw means nothing. The softmax is in at least
-    float32. Non-finite scores draw something, too: that a run has diverged shows in its losses, which
-    log.py checks.
+    scores, candidate (b, B) → drawn (b,), global indices; their probabilities (b,); found (b,)
+    bool, False where a row has no candidate, so that its draw means nothing. The softmax is in at
+    least float32. Non-finite scores draw something, too: that a run has diverged shows in its
+    losses, which log.py checks.
     """
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).nan_to_num()
     found = candidate.any(1)
@@ -157,8 +157,8 @@ def draw_negatives(scores, candidate):
 def itm_loss(logits, matched, found, count):
     """Cross-entropy of matched or not, mean over the pairs that were found.
 
-    logits (n, 2), class 1 = matched; matched (n,) bool; found (n,) bool, False = weight zero. count: how
-    many were found, as in global_mean.
+    logits (n, 2), class 1 = matched; matched (n,) bool; found (n,) bool, False = weight zero.
+    count: how many were found, as in global_mean.
     """
     loss = F.cross_entropy(logits, matched.long(), reduction="none")  # (n,)
     return global_mean((loss * found).sum(), count)

@@ -197,9 +197,9 @@ class MoME(nn.Module):
     """The trunk: embeddings, L blocks, final norm; one path for image-only, text-only and pair
     inputs.
 
-    `rows` in the three encoders: how many leading rows the last block computes (None: all). A caller
-    that reads only [CLS] passes 1, one that reads only a pair's text passes T; the last block then
-    skips all other rows.
+    `rows` in the three encoders: how many leading rows the last block computes (None: all). A
+    caller that reads only [CLS] passes 1, one that reads only a pair's text passes T; the last
+    block then skips all other rows.
     """
 
     def __init__(self, config):
@@ -246,8 +246,8 @@ class MoME(nn.Module):
         return x + self.types[image_type]
 
     def encode_image(self, image, rows=None, masked=None, mask_embedding=None):
-        """image (B, 3, side, side): uint8, or float and normalised already → (B, 1+N, D) after the final
-        norm.
+        """image (B, 3, side, side): uint8, or float and normalised already → (B, 1+N, D) after the
+        final norm.
 
         masked (B, N) bool, True = hidden: `mask_embedding` (D,) stands in for the patch (stage
         image).
@@ -259,8 +259,8 @@ class MoME(nn.Module):
         return self.encode_rows(self.embed_words(text), "text", text.shape[1], mask, rows)
 
     def encode_pair(self, text, mask, image, image_type=1, rows=None):
-        """text, mask (B, T) and image (B, 3, side, side) as above → (B, T+1+N, D) after the final norm,
-        text first.
+        """text, mask (B, T) and image (B, 3, side, side) as above → (B, T+1+N, D) after the final
+        norm, text first.
 
         image_type 2 is NLVR2's second image.
         """

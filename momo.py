@@ -163,15 +163,15 @@ def reconstruct(model, decoder, batch):
 
 
 def mim_loss(pixels, wanted, count):
-    """Eq. (1): the squared error of hidden patches, a mean over them and their values. pixels, wanted
-    (M, P); count: M, as in losses.global_mean."""
+    """Eq. (1): the squared error of hidden patches, a mean over them and their values. pixels,
+    wanted (M, P); count: M, as in losses.global_mean."""
     pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
     return losses.global_mean((pixels - wanted).square().mean(1).sum(), count)
 
 
 def patch_values(image, at, size, normalised=False):
-    """The targets of Eq. (1): image (b, 3, S, S) uint8, at (M,): patches of size × size pixels, of all
-    the batch's → (M, P), in −1 … 1, or with mean 0 and variance 1 per patch (MAE)."""
+    """The targets of Eq. (1): image (b, 3, S, S) uint8, at (M,): patches of size × size pixels, of
+    all the batch's → (M, P), in −1 … 1, or with mean 0 and variance 1 per patch (MAE)."""
     values = F.unfold(image.float() / 127.5 - 1, size, stride=size).transpose(1, 2)  # (b, N, P)
     values = values.flatten(0, 1)[at]  # (M, P)
     if normalised:

@@ -32,8 +32,8 @@ class MoMo:
     pictures = texts = {}  # {split: what its hidden patches and hidden words are measured on}
 
     def set_up(self, args, config, start, modalities):
-        """Builds the encoder, and a new decoder per modality, unless a run of this stage is resumed.
-        UserError if a checkpoint's encoder cannot be MoMo's."""
+        """Builds the encoder, and a new decoder per modality, unless a run of this stage is
+        resumed. UserError if a checkpoint's encoder cannot be MoMo's."""
         if (config.attention, config.position) != ("shared", "absolute"):
             raise UserError(f"{start.path}: MoMo has shared attention, and absolute positions")
         self.normalised = args.normalise_pixels
@@ -232,8 +232,8 @@ class MoMoVL(MoMo, VL):
         return itertools.chain(self.corpus(), plain)
 
     def forward(self, pairs, texts=None):
-        """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T); and what
-        loader.with_counts adds."""
+        """pairs: as stage vl, and hidden (b, N) bool; texts: masked, labels (b, T), mask (b, T);
+        and what loader.with_counts adds."""
         out = {}
         if self.trains(0):
             # Eq. (4), and matching; first, because look_ahead begins with the same random numbers

@@ -28,9 +28,9 @@ def resample(grid, side):
 
 
 def fit_table(table, old_side, side, old_reach, reach):
-    """A relative-position table (R, L·H) at another resolution (patch offsets resampled, as released)
-    and another reach of the text (words farther apart than the table knows are treated like the
-    farthest that it knows)."""
+    """A relative-position table (R, L·H) at another resolution (patch offsets resampled, as
+    released) and another reach of the text (words farther apart than the table knows are treated
+    like the farthest that it knows)."""
     old_span = 2 * old_side - 1
     I = old_span**2 + 3
     patches = table[: I - 3]

@@ -98,8 +98,8 @@ def malformed(where):
 
 
 def official_records(path, name):
-    """(where, entry) of the list of that name in the object that an official JSON file holds. The file is
-    read as a whole: VQA 2.0's largest take about 2 GB until they are through."""
+    """(where, entry) of the list of that name in the object that an official JSON file holds. The
+    file is read as a whole: VQA 2.0's largest take about 2 GB until they are through."""
     content = parse_json(read_text(path), path)
     with malformed(path):
         entries = content[name]
@@ -114,8 +114,8 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def files_below(folder, endings):
-    """All files below a folder with one of these endings, in order. A folder that several links lead
-    to is read once. UserError for a folder that cannot be read."""
+    """All files below a folder with one of these endings, in order. A folder that several links
+    lead to is read once. UserError for a folder that cannot be read."""
     seen = set()
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if os.path.realpath(where) in seen:

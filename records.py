@@ -16,8 +16,8 @@ from images import read_image
 
 
 class Records:
-    """A source on disk. Its records are named tuples of one kind. The `image` of a record is a path,
-    or a pair of paths; `at` says where an image in a shard is."""
+    """A source on disk. Its records are named tuples of one kind. The `image` of a record is a
+    path, or a pair of paths; `at` says where an image in a shard is."""
 
     drawn = False
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 
 def relative_index(text_len, side, reach):
-    """Rows of the relative-position table for each (query, key), written query → key: BEiT's 2D offsets,
-    then VLMo's text offsets.
+    """Rows of the relative-position table for each (query, key), written query → key: BEiT's 2D
+    offsets, then VLMo's text offsets.
 
     Returns text (T, T), image (1+N, 1+N) and the number of rows. With I = (2·side−1)² + 3: rows
     below I−3 are patch offsets; I−3, I−2, I−1 are [I_CLS] → patch, patch → [I_CLS], [I_CLS] →
@@ -49,13 +49,13 @@ def scores_of(table, index):
 
 
 class RelativeAttention(torch.autograd.Function):
-    """softmax(q·kᵀ/√d + scores)·v. The backward pass computes the softmax again, for a few samples at
-    a time, so that nothing of S × S is kept in between."""
+    """softmax(q·kᵀ/√d + scores)·v. The backward pass computes the softmax again, for a few samples
+    at a time, so that nothing of S × S is kept in between."""
 
     @staticmethod
     def forward(ctx, q, k, v, table, index, mask):
-        """q (B, H, R, d); k, v (B, H, S, d); table (H, P); index (R, S) int64; mask None or (B, 1, 1,
-        S) bool, True = may be read → (B, H, R, d)."""
+        """q (B, H, R, d); k, v (B, H, S, d); table (H, P); index (R, S) int64; mask None or (B, 1,
+        1, S) bool, True = may be read → (B, H, R, d)."""
         scores = scores_of(table, index).to(q.dtype)
         y = torch.empty_like(q)
         for some in chunks(q, k):
@@ -92,8 +92,8 @@ class RelativeAttention(torch.autograd.Function):
 
 
 def chunks(q, k):
-    """Slices of the batch, with so few samples each that their scores fit into a CPU's cache, or are
-    small next to a GPU's memory."""
+    """Slices of the batch, with so few samples each that their scores fit into a CPU's cache, or
+    are small next to a GPU's memory."""
     at_once = 2**26 if q.is_cuda else 2**20
     step = max(1, at_once // (q.shape[1] * q.shape[2] * k.shape[2]))
     return [slice(first, first + step) for first in range(0, len(q), step)]

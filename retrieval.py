@@ -37,8 +37,8 @@ def ranks(scores, relevant):
 
 
 def recall(text_ranks, image_ranks):
-    """text_ranks (I,), image_ranks (C,) → {"TR@1", … "IR@10", "mean"} in percent. Text retrieval (TR)
-    looks for a caption of an image, image retrieval (IR) for the image of a caption."""
+    """text_ranks (I,), image_ranks (C,) → {"TR@1", … "IR@10", "mean"} in percent. Text retrieval
+    (TR) looks for a caption of an image, image retrieval (IR) for the image of a caption."""
     found = {}
     for way, best in (("TR", text_ranks), ("IR", image_ranks)):
         for k in (1, 5, 10):
@@ -96,8 +96,8 @@ def retrieval(model, source, words, device, batch=64, rerank=0):
     """All pictures of a source against all its captions, by the dual encoder → {"TR@1", …, "mean"};
     if `rerank`, also with the ITM head on each query's best `rerank`, as "reranked TR@1", ….
 
-    A caption is right for every picture that has it (in upper or lower case), or is of the same item, if
-    source.by_text, else (Karpathy's splits) only for its own.
+    A caption is right for every picture that has it (in upper or lower case), or is of the same
+    item, if source.by_text, else (Karpathy's splits) only for its own.
     """
     training = model.training
     model.eval()
@@ -158,8 +158,8 @@ def relevant_pairs(captions, items, by_text):
 
 
 class Reranker:
-    """Reorders the K best columns of a block of scores with the ITM head, which has learned to tell a
-    match from negatives drawn with probability softmax(s/σ): its log-odds are what s/σ leaves out
+    """Reorders the K best columns of a block of scores with the ITM head, which has learned to tell
+    a match from negatives drawn with probability softmax(s/σ): its log-odds are what s/σ leaves out
     of the logarithm of a match's probability."""
 
     def __init__(self, model, images, ids, mask, K, device, batch):

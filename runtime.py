@@ -110,8 +110,8 @@ WHILE_READING = datetime.timedelta(hours=4)  # the others wait while one process
 
 
 class Runtime:
-    """This process among W: rank, world, device, main (True on process 0), and autocast(); of several
-    processes on_hosts, a group for numbers that are on no device.
+    """This process among W: rank, world, device, main (True on process 0), and autocast(); of
+    several processes on_hosts, a group for numbers that are on no device.
 
     Reads torchrun's environment; without it, one process and no process group.
     """
@@ -166,8 +166,8 @@ class Runtime:
 
 
 def everyone(answer):
-    """[answer() of each process], on all of them, or the UserError of one. All processes must call this,
-    in the same order."""
+    """[answer() of each process], on all of them, or the UserError of one. All processes must call
+    this, in the same order."""
     try:
         mine = answer()
     except UserError as error:
@@ -195,8 +195,8 @@ IMPATIENT = 5  # seconds; a second signal sooner is torchrun's copy of the first
 
 
 class Signals:
-    """SIGTERM and SIGINT ask a run to end: after the same step on all processes, with a checkpoint. A
-    second signal after IMPATIENT seconds ends it at once."""
+    """SIGTERM and SIGINT ask a run to end: after the same step on all processes, with a checkpoint.
+    A second signal after IMPATIENT seconds ends it at once."""
 
     def __init__(self, run):
         self.run, self.caught = run, 0
@@ -228,9 +228,9 @@ class Signals:
 
 
 def workers(device, count=None, loaders=1):
-    """DataLoader arguments for `count` forked worker processes. None: on a GPU this loader's share of
-    the process's cores, all but one; on a CPU 0, because workers would take the cores that compute.
-    loaders: how many loaders share these cores."""
+    """DataLoader arguments for `count` forked worker processes. None: on a GPU this loader's share
+    of the process's cores, all but one; on a CPU 0, because workers would take the cores that
+    compute. loaders: how many loaders share these cores."""
     if count is None and torch.device(device).type == "cuda":
         share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
         count = max(1, share // loaders)

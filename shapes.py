@@ -55,8 +55,8 @@ class World:
     per_scene = 1  # samples
 
     def __init__(self, split, image_size, count=None, scarce=False):
-        """image_size in pixels. scarce: colors and shapes come as often as in scarce pairs. Absent for a
-        split that is not in SCENES."""
+        """image_size in pixels. scarce: colors and shapes come as often as in scarce pairs. Absent
+        for a split that is not in SCENES."""
         if split not in SCENES:
             raise Absent(f"the built-in world has no split {split}, but {', '.join(SCENES)}")
         self.split, self.image_size, self.count = split, image_size, count or SCENES[split]
@@ -66,8 +66,8 @@ class World:
 
     @classmethod
     def read(cls, paths, split, image_size):
-        """The split of the world that --data asks for; None if it names files. shapes:N: of training, N
-        scarce scenes; val and test are those of the whole world."""
+        """The split of the world that --data asks for; None if it names files. shapes:N: of
+        training, N scarce scenes; val and test are those of the whole world."""
         name, colon, count = str(paths[0]).partition(":")
         if len(paths) > 1 or name != "shapes":
             return None

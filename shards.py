@@ -16,8 +16,8 @@ from runtime import UserError
 
 
 def read_shards(paths, split=None, captions=False):
-    """The pictures of shards, in order. Each core reads one shard at a time, because a shard of 10,000
-    samples has 30,000 headers."""
+    """The pictures of shards, in order. Each core reads one shard at a time, because a shard of
+    10,000 samples has 30,000 headers."""
     if not paths:
         return
     read = functools.partial(read_shard, split=split, captions=captions)
@@ -76,8 +76,8 @@ BLOCK = 512  # bytes, of which a .tar file consists; one of zeros ends it
 
 
 def members(path, tar):
-    """The regular files in a shard, each a TarInfo: its name, offset_data and size. UserError where it
-    is cut off."""
+    """The regular files in a shard, each a TarInfo: its name, offset_data and size. UserError where
+    it is cut off."""
     while member := tar.next():
         tar.members.clear()  # it would keep all of them
         if member.isreg():

@@ -53,8 +53,8 @@ def view(image, config, run):
 
 
 def encode(words, texts, run):
-    """Typed texts → ids (C, T), mask (C, T). UserError for none, and for one without any known word, or too
-    long to be read whole."""
+    """Typed texts → ids (C, T), mask (C, T). UserError for none, and for one without any known
+    word, or too long to be read whole."""
     if not texts:
         raise UserError("name a text, too (--help lists the flags)")
     ids, mask = words.encode_all(texts)

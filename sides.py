@@ -81,8 +81,8 @@ class Side:
         compile=False,
         **fields,
     ):
-        """kind: as in stage_of. full: with texts of full length. parts: of the step; ahead: whether they
-        see each other. fields: of the Config."""
+        """kind: as in stage_of. full: with texts of full length. parts: of the step; ahead: whether
+        they see each other. fields: of the Config."""
         torch.manual_seed(0)
         self.run, self.ahead = run, ahead
         fields = {"drop_path": 0.0} | fields
@@ -128,8 +128,8 @@ class Side:
 
 
 def stage_of(kind, name, config):
-    """A stage or task without data: "stage vl", "textbook" (the same), "momo" (stage momo-vl), "stage
-    text", "retrieval" or "vqa"."""
+    """A stage or task without data: "stage vl", "textbook" (the same), "momo" (stage momo-vl),
+    "stage text", "retrieval" or "vqa"."""
     if kind == "momo":
         return momo_stage(name, config)
     model = VLMo(config)

@@ -156,8 +156,8 @@ def check_folder(folder):
 
 
 def refuse_missing(records, split):
-    """The records; UserError at the end that names missing images. Each folder is listed once: a disk
-    on a network is slow to answer for each image."""
+    """The records; UserError at the end that names missing images. Each folder is listed once: a
+    disk on a network is slow to answer for each image."""
     listing = functools.cache(list_folder)
     missing = {}  # paths, each once, in order
     for record in records:
@@ -197,8 +197,8 @@ def captions_file(folder, split):
 
 
 def read_manifest(path, split):
-    """{"image": path below its folder, "captions": [str, …], "item": optional}, one per line. Items of two
-    folders are different ones."""
+    """{"image": path below its folder, "captions": [str, …], "item": optional}, one per line. Items
+    of two folders are different ones."""
     folder = str(path.parent)  # paths are slow: these lines run millions of times
     for where, entry in reading.json_lines(path):
         [image] = reading.fields(where, entry, image=str)
@@ -263,8 +263,8 @@ SPELLINGS = {*SPLITS, "valid", "validation", "dev", "training", "testing"}
 
 
 def has_split_folders(folder):
-    """Whether a folder has a folder per split: two of `train`, `val` and `test`, or one and no other folder.
-    UserError if one of several has another name."""
+    """Whether a folder has a folder per split: two of `train`, `val` and `test`, or one and no
+    other folder. UserError if one of several has another name."""
     folders = next(os.walk(folder), ("", [], []))[1]
     folders = [name for name in folders if not hidden(name)]
     splits = [name for name in folders if name.lower() in SPELLINGS]
@@ -274,8 +274,8 @@ def has_split_folders(folder):
 
 
 def image_files(folder, split):
-    """Image files of a split below a folder: in the split's own, or those that a hash of their names gives
-    to it."""
+    """Image files of a split below a folder: in the split's own, or those that a hash of their
+    names gives to it."""
     if not has_split_folders(folder):
         files = files_below(folder, IMAGES)
         return (path for path in files if split_by_hash(os.path.relpath(path, folder)) == split)

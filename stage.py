@@ -79,13 +79,13 @@ class Stage(nn.Module):
         return {}
 
     def look_ahead(self, parts):
-        """parts: a list with the batches of each part of a step (--accumulate) → the same, plus what
-        forward must know of the whole step besides counts."""
+        """parts: a list with the batches of each part of a step (--accumulate) → the same, plus
+        what forward must know of the whole step besides counts."""
         return parts
 
     def seed(self, part=-1):
-        """Seeds the random draws, such as drop-path, of a part of this step on this process; −1: those of
-        the whole step. The data have their own seeds."""
+        """Seeds the random draws, such as drop-path, of a part of this step on this process; −1:
+        those of the whole step. The data have their own seeds."""
         runtime.seed_all(self.run_seed, self.step, losses.rank(), part)
 
     def blocks(self):
@@ -163,8 +163,8 @@ class Task(Stage):
         return "" if self.trained else ", with a new head"
 
     def fresh(self, args):
-        """Groups not to take from the checkpoint: with --fresh-pooler and a new head, the pooler and the
-        matching head, which reads it."""
+        """Groups not to take from the checkpoint: with --fresh-pooler and a new head, the pooler
+        and the matching head, which reads it."""
         return ["pooler", "itm_head"] if not self.trained and args.fresh_pooler else []
 
     def set_head(self, head):
@@ -255,9 +255,9 @@ def perplexity(loss, count):
 
 @torch.no_grad()
 def masked_words(predict, packed, training, device):
-    """Accuracy (in percent) and perplexity of predict(batch) → logits (M, V) on the masked tokens of
-    `packed`, a texts.Texts, and those of the training texts' unigram distribution (from 10 M tokens at
-    most, with one added to each count)."""
+    """Accuracy (in percent) and perplexity of predict(batch) → logits (M, V) on the masked tokens
+    of `packed`, a texts.Texts, and those of the training texts' unigram distribution (from 10 M
+    tokens at most, with one added to each count)."""
     words = packed.words
     seen = torch.from_numpy(np.bincount(training.tokens[: 10**7], minlength=words.size)).double().to(device)
     seen[words.sep] = 0  # separates documents

@@ -89,9 +89,9 @@ class Image(Stage):
 
     @torch.no_grad()
     def measure(self, split, device):
-        """The model's accuracy (in percent) and perplexity on hidden visual tokens, and the accuracy of
-        two guesses: the most frequent of all hidden codes, and the code of the nearest visible
-        patch."""
+        """The model's accuracy (in percent) and perplexity on hidden visual tokens, and the
+        accuracy of two guesses: the most frequent of all hidden codes, and the code of the nearest
+        visible patch."""
         self.eval()
         source = self.sources[split]
         found = torch.zeros(3, dtype=torch.float64, device=device)  # right, nearest, loss
@@ -187,8 +187,8 @@ class Text(Stage):
 
 
 def language_part(model):
-    """The modules and parameters that stage text trains, as released. (Texts do not read the image rows
-    of `types` and of the table: with a zero gradient and no weight decay these rows stay.)"""
+    """The modules and parameters that stage text trains, as released. (Texts do not read the image
+    rows of `types` and of the table: with a zero gradient and no weight decay these rows stay.)"""
     yield from (model.words, model.text_norm, model.types, model.norm, model.mlm_head)
     yield model.text_position if model.config.position == "absolute" else model.relative_table
     yield from (block.experts["language"] for block in model.blocks)
@@ -328,8 +328,8 @@ class VL(Stage):
         return out
 
     def look_ahead(self, parts):
-        """Compares the pairs of all parts of a step, as GradCache does: contrast and negatives are those
-        of one pass, in the memory of a part. The vectors that this takes are computed without
+        """Compares the pairs of all parts of a step, as GradCache does: contrast and negatives are
+        those of one pass, in the memory of a part. The vectors that this takes are computed without
         gradients; forward computes them again with the same drop-path, and gives them the gradients
         found here."""
         if len(parts) == 1 or not {"itc", "itm"} & self.loss_weights.keys():

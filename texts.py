@@ -45,8 +45,8 @@ def wordpiece(vocab=None):
 
 
 def train_tokenizer(corpus, vocab_size):
-    """Trains WordPiece with at most `vocab_size` entries on the texts of corpus(), which is called twice.
-    The same texts give the same tokenizer.
+    """Trains WordPiece with at most `vocab_size` entries on the texts of corpus(), which is called
+    twice. The same texts give the same tokenizer.
 
     A letter takes two entries: "a" begins a word, "##a" continues one. Letters get up to half of all
     entries, the most frequent first; a word with any other letter is [UNK]. The "##" letters are passed
@@ -155,8 +155,8 @@ class Words:
         return self.frame([*pieces, self.sep, *more])
 
     def encode_all(self, texts):
-        """Texts → ids (n, T) int64, mask (n, T) bool, cut to the longest of them. UserError for one that a
-        terminal or a file system gave in another encoding than UTF-8."""
+        """Texts → ids (n, T) int64, mask (n, T) bool, cut to the longest of them. UserError for one
+        that a terminal or a file system gave in another encoding than UTF-8."""
         for text in texts:
             checked_text(text, repr(text[:40]))
         ids, mask = (torch.stack(parts) for parts in zip(*map(self.encode, texts)))
@@ -253,8 +253,8 @@ def read_texts(path):
 
 
 def documents(path):
-    """The documents of a text file: its paragraphs; or its lines, if there is at most one gap per 50 of
-    them, because gaps that rare are empty documents."""
+    """The documents of a text file: its paragraphs; or its lines, if there is at most one gap per
+    50 of them, because gaps that rare are empty documents."""
     lines = blocks = 0
     for filled, block in itertools.groupby(read_lines(path), key=bool):
         if filled:

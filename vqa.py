@@ -61,8 +61,8 @@ class VQA(Task):
         return soft_scores(question.answers, self.numbers)
 
     def forward(self, batch):
-        """batch: image (b, 3, S, S); text, mask (b, T); target (b, A), soft scores. The loss is a sum
-        over answers, and a mean over questions."""
+        """batch: image (b, 3, S, S); text, mask (b, T); target (b, A), soft scores. The loss is a
+        sum over answers, and a mean over questions."""
         logits, scores = self.predict(batch), batch["target"]
         loss = F.binary_cross_entropy_with_logits(logits, scores, reduction="none")  # (b, A)
         return {"loss": loss.sum(1).mean()}
@@ -180,8 +180,8 @@ def questions(folder, split):
 
 
 def own_questions(path):
-    """Records of a manifest: {"image": path below its folder, "question", "answers": [text, …]}, one
-    per line; in no line answers if they are not known. Fewer than ten are stretched to ten, so
+    """Records of a manifest: {"image": path below its folder, "question", "answers": [text, …]},
+    one per line; in no line answers if they are not known. Fewer than ten are stretched to ten, so
     that an answer counts as in VQA 2.0."""
     without = set()
     for number, (where, entry) in enumerate(json_lines(path)):

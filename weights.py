@@ -131,8 +131,8 @@ def from_beit(state_dict, heads=None, image_size=None):
     """The weights of a released BEiT, ViT or MAE file → (VLMo, report), see from_vlmo.
 
     What it does not have starts fresh. Types and the text rows of the relative table start from
-    zero, so that the image features are the file's. Language and VL experts are copies of the vision
-    expert (Table 4, "image-only").
+    zero, so that the image features are the file's. Language and VL experts are copies of the
+    vision expert (Table 4, "image-only").
     """
     with malformed("the file"):
         released = read_beit(state_dict, heads=heads)
