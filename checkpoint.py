@@ -3,8 +3,8 @@ model from it.
 
 Tensors come in *groups*, which are learned, saved and taken as a whole: a module of the trunk or a
 head by its name; of the blocks, one modality's experts, or the norms, …, of all layers together
-("blocks.*.experts.language"). A checkpoint holds only groups that have been learned, so that a
-later stage knows what must start in another way.
+("blocks.*.experts.language"). What a stage has not learned of OPTIONAL is not in its checkpoint, so
+that a later stage knows what must start in another way.
 """
 
 import collections
@@ -103,7 +103,7 @@ class Checkpoint:
             raise UserError(f"{self.path} was imported without its vocabulary: import it again, with --vocab")
 
     def restore(self, stage, args, run, optimizer, scaler):
-        """Puts optimizer and scaler where the checkpoint left them."""
+        """Puts optimizer and scaler where the checkpoint left them. UserError for other settings."""
         factors = [group["factor"] for group in optimizer.param_groups]
         try:
             assert all(stage.origin.get(name, "taken") == "taken" for name in trainable(stage.model))

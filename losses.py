@@ -50,8 +50,8 @@ def gather(x):
 
 
 def global_mean(total, count):
-    """W · total / (count over all processes): this process's part of a mean, as above, if counts
-    differ; 0 if all are 0. count: a number or a tensor; of a step in parts, their mean count."""
+    """W · total / (sum of count over processes): W times this process's share of a mean, as above; 0
+    if nothing is counted. count: a number or a tensor; of a step in parts, a part's on average."""
     count = total.new_ones(()) * count  # a tensor on the device, without making the host wait
     if world() > 1:
         dist.all_reduce(count)
@@ -83,16 +83,15 @@ def exchange(x, drawn):
     asked = gather(drawn).view(-1, b)  # (W, b): what each process asks for
     owner = asked // b  # (W, b)
     mine = owner == me  # (W, b): what I send, grouped by the process that asked
-    send = x[asked[mine] - me * b]  # the host waits: for how many I send
+    send = x[asked[mine] - me * b]  # the host waits to know how many I send
     received = x.new_empty(x.shape)  # grouped by owner
     process = torch.arange(len(owner), device=x.device)
     to_receive = (owner[me] == process[:, None]).sum(1)  # (W,) rows from each process
     to_send = mine.sum(1)  # (W,) rows to each process
     to_receive, to_send = torch.stack([to_receive, to_send]).tolist()  # it waits again
     dist.all_to_all_single(received, send, to_receive, to_send)
-    rows = torch.empty_like(received)
-    rows[owner[me].argsort(stable=True)] = received
-    return rows
+    by_owner = owner[me].argsort(stable=True)  # the places in `drawn` of what was received
+    return received[by_owner.argsort()]
 
 
 # ---- Image-text contrast -------------------------------------------------------------------------
@@ -116,8 +115,9 @@ def similarities(image, text, scale):
 
 
 def itc_loss(i2t, t2i, same):
-    """Cross-entropy of Eq. (4), averaged over both directions. i2t, t2i (b, B); same (b, B) bool,
-    True = the same pair: left out of the softmax, except for a row's own column."""
+    """Cross-entropy of Eq. (4), a mean over both directions and the b own rows, which is W times
+    their share of the mean over B. i2t, t2i (b, B); same (b, B) bool, True = left out of the
+    softmax, except for a row's own column."""
     own = rank() * len(same) + torch.arange(len(same), device=same.device)  # (b,): each row's own column
     left_out = same.scatter(1, own[:, None], False)
     i2t = i2t.masked_fill(left_out, -math.inf)
@@ -147,9 +147,9 @@ def draw_negatives(scores, candidate):
     """
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).nan_to_num()
     found = candidate.any(1)
-    scores = scores.masked_fill(~candidate & found[:, None], -math.inf)  # a whole row of −inf gives NaN
+    scores = scores.masked_fill(~candidate & found[:, None], -math.inf)  # a row without any stays
     p = scores.softmax(1)
-    # As torch.multinomial draws, without its check of p, for which the host would wait
+    # The largest p / Exp(1) is a draw from p. torch.multinomial checks p, for which the host would wait
     drawn = (p / torch.empty_like(p).exponential_()).argmax(1)
     return drawn, p.gather(1, drawn[:, None])[:, 0], found
 

@@ -35,8 +35,8 @@ class Stage(nn.Module):
         nothing, on this Runtime (runtime.py). Sets model, loss_weights, sources and samples; the
         rest has defaults, below.
     forward(*batches)
-        One batch of each data set in `samples`, as loader.py has it → {name: scalar}. At step 0 it has
-        every name in loss_weights, later those of this step. Other names are logged only.
+        One batch of each data set in `samples`, as loader.py has it → {name: scalar}: the losses of
+        this step, all in loss_weights at step 0 (train.freeze_unread); other names are logged only.
     measure(split, device)
         → {name: number} on split "val" or "test".
     """
@@ -53,7 +53,7 @@ class Stage(nn.Module):
     def __init__(self):
         super().__init__()
         self.model = nn.Module()
-        self.head = nn.Module()  # what later stages leave behind
+        self.head = nn.Module()  # what later stages leave behind: not VLMo's heads, which are in the model
         self.loss_weights = {}  # {name of a loss: its factor}
         self.sources = {}  # {split: what it is measured on}
         self.samples = []  # data sets to train on
@@ -84,8 +84,8 @@ class Stage(nn.Module):
         return parts
 
     def seed(self, part=-1):
-        """Seeds the random draws, such as drop-path, of a part of this step on this process; −1:
-        those of the whole step. The data have their own seeds."""
+        """Seeds what a part of this step draws on this process, such as drop-path, which look_ahead
+        and forward must draw alike; −1: the draw of negatives. The data have their own seeds."""
         runtime.seed_all(self.run_seed, self.step, losses.rank(), part)
 
     def blocks(self):

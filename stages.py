@@ -137,8 +137,8 @@ FRESH = "experts that --init lacks start from random weights, as released, not f
 
 
 class Text(Stage):
-    """Masked language modeling on text only: the language experts are trained, the attention and
-    the vision experts of stage image stay as they are (Section 3.4)."""
+    """Masked language modeling on text only: the language experts are trained, the matrices of
+    attention and the vision experts of stage image stay as they are (Section 3.4)."""
 
     unit = "texts"
     recipe = {
@@ -200,7 +200,7 @@ def language_part(model):
 class VL(Stage):
     """Contrast, matching and masked language modeling on image-text pairs (Section 3.3)."""
 
-    of_pairs = {"itc", "itm", "mlm"}  # the losses of forward; MoMo's "mlm" is another one
+    of_pairs = {"itc", "itm", "mlm"}  # the losses of forward; MoMo's "mlm" is of plain texts
     recipe = {
         "tiny": dict(batch_size=64, steps=750, warmup=75, lr=1e-3, clip=1.0, save_every=100, max_text_len=24),
         "base": dict(batch_size=1024, steps=200_000, warmup=2500, lr=2e-4, max_text_len=40),  # Section 4.1
@@ -258,7 +258,7 @@ class VL(Stage):
         compared = batch["compared"] if "compared" in batch else self.compare(batch, vectors)
         if "itc" in wanted:
             out["itc"], out["scale"] = compared["itc"], vectors[2].detach()
-        if "gradients" in compared:  # of the whole step (GradCache): each term is 0, and has this gradient
+        if "gradients" in compared:  # GradCache: adds 0, whose gradient by x is that of the whole step
             for gradient, x in zip(compared["gradients"], vectors):
                 out["itc"] = out["itc"] + (gradient * (x - x.detach())).sum()
 
@@ -273,7 +273,7 @@ class VL(Stage):
             return out
 
         # All of them in one pass, with texts as long as the longest
-        longest = pairs[-1][0].shape[1]  # the last is the longest: compare has padded its wrong text
+        longest = pairs[-1][0].shape[1]  # the wrong texts are as long as the longest of all processes
         text = torch.cat([F.pad(text, (0, longest - text.shape[1])) for text, _, _ in pairs])
         mask = torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for _, mask, _ in pairs])
         image = torch.cat([image for _, _, image in pairs])  # (n, 3, S, S), n = b, 3b or 4b
@@ -287,7 +287,7 @@ class VL(Stage):
             logits = self.model.itm_head(self.model.pool(states[-3 * b :]))  # (3b, 2)
             matched = torch.arange(3 * b, device=logits.device) < b
             exist = torch.cat([matched[:b], compared["image exists"], compared["text exists"]])
-            out["itm"] = losses.itm_loss(logits, matched, exist, compared["pairs"])
+            out["itm"] = losses.itm_loss(logits, matched, exist, compared["count"])
             right = (logits.argmax(1) == matched) & exist
             out["itm accuracy"] = right.sum() / exist.sum()
             out["negative probability"] = compared["probability"].mean()
@@ -305,7 +305,7 @@ class VL(Stage):
         vectors: as above, of all pairs of this process, or None: all are equally similar. → "itc", the
         loss; "wrong image" (b, 3, S, S), "wrong text", "wrong mask" (b, T), True = real token, with T
         the longest of all processes; "image exists", "text exists" (b,) bool, False where a pair has no
-        negative; "probability" (b,), with which they were drawn; "pairs": how many ITM has.
+        negative; "probability" (b,), with which they were drawn; "count": how many pairs ITM has.
         """
         if not {"itc", "itm"} & self.loss_weights.keys():
             return {}
@@ -320,7 +320,7 @@ class VL(Stage):
             drawn_image, p_image, out["image exists"] = losses.draw_negatives(t2i, candidate)  # (b,) each
             drawn_text, p_text, out["text exists"] = losses.draw_negatives(i2t, candidate)
             out["probability"] = (p_image + p_text) / 2
-            out["pairs"] = len(same) + out["image exists"].sum() + out["text exists"].sum()
+            out["count"] = len(same) + out["image exists"].sum() + out["text exists"].sum()
             out["wrong image"] = losses.exchange(batch["image"], drawn_image)
             both = torch.stack([batch["text"], batch["mask"].long()], dim=1)  # (b, 2, T)
             out["wrong text"], wrong_mask = losses.exchange(losses.pad_alike(both), drawn_text).unbind(1)
@@ -351,7 +351,8 @@ class VL(Stage):
             with torch.autocast(whole["ids"].device.type, enabled=False):
                 gradients = torch.autograd.grad(compared["itc"], vectors)
 
-        # Each part gets its rows. A step's loss is the mean over parts: a row is in one, 1/σ is in each
+        # Each part gets its rows. The loop divides by the number of parts: that is undone for vectors, each
+        # of which is in one part, and right for 1/σ, which is in all
         out = []
         for number, (batch, *others) in enumerate(parts):
             b = len(batch["ids"])
@@ -360,8 +361,8 @@ class VL(Stage):
             if gradients:
                 image, text, scale = gradients
                 ahead["gradients"] = [len(parts) * image[rows], len(parts) * text[rows], scale]
-            if "pairs" in ahead:
-                ahead["pairs"] = ahead["pairs"] / len(parts)
+            if "count" in ahead:
+                ahead["count"] = ahead["count"] / len(parts)
             out.append((batch | {"compared": ahead}, *others))
         return out
 

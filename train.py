@@ -54,7 +54,7 @@ def parse(stages, option, default, description):
     first.add_argument("--init", metavar="FILE", help="start from this checkpoint")
     first.add_argument("--out", metavar="DIR", help="where the run goes")
     first.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
-    chosen, _ = first.parse_known_args()
+    chosen, rest = first.parse_known_args()
     name = chosen.stage or default
     out = chosen.out or f"runs/{name}"
     for path in (Path(out), *Path(out).parents):
@@ -65,6 +65,8 @@ def parse(stages, option, default, description):
         start = checkpoint.read(last, resumed=True)
     elif chosen.init:
         start = checkpoint.read(chosen.init)
+    elif chosen.resume and Path(out, "config.json").exists() and not (rest or chosen.stage or chosen.config):
+        raise UserError(f"{out} has no last.pt yet: repeat the whole command of its run")
     if start and start.resumed:
         if chosen.stage not in (None, start.stage):
             raise UserError(f"{out} holds a run of {start.stage}: give {chosen.stage} another --out")
@@ -157,7 +159,7 @@ def summary(stage, args, run, start):
 
 
 def freeze_unread(stage, batches, run):
-    """Freezes what no loss reads, as one backward pass shows, because DDP waits for every gradient."""
+    """Freezes what no loss reads, as one backward pass shows: no optimizer, checkpoint or DDP has it."""
     blocks = stage.blocks()
     runtime.recompute(blocks)  # the memory of this pass is not to be more than that of a step
     with run.autocast():
@@ -175,7 +177,7 @@ def train(stage, args, run, start=None):
     resumed = bool(start and start.resumed)
     done, record = (start.step, start.record) if resumed else (0, -math.inf)
 
-    # The first batch tells what is trained
+    # The parts of the first step tell what is trained
     stage.to(run.device).train()
     loader = Loader(stage.samples, args, run, done)
     parts = next(loader)

@@ -177,6 +177,8 @@ def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
     content["args"]["processes"] = 2  # whose negatives were others
     torch.save(content, out / "last.pt")
     refused(call, "train", *run, says="processes 2 → 1")
+    (out / "last.pt").unlink()  # as if it had been killed before its first checkpoint
+    refused(call, "train", *run, says="repeat the whole command")
 
 
 # Negatives for ITM are drawn, so it is left out. In stage momo-text the modalities take turns, and only
