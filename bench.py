@@ -122,6 +122,8 @@ def bench_step(kinds, name, b, run, repeats):
         side()  # AdamW makes its averages
         memory = tensor_memory(side, run.device)
         if arguments.get("compile"):  # compiled code hides its FLOPs
+            del side
+            clear()
             side = Side(name, b, run, **arguments | {"compile": False})
         work = flops(side)
         rows.append({

@@ -24,6 +24,7 @@ import torch
 import runtime
 from mome import Config, VLMo
 from positions import fitted
+from reading import parse_json, read_text
 from runtime import UserError
 from texts import Words, tokenizer_from_json
 
@@ -202,6 +203,15 @@ def settings(stage, args, run):
     actual = {name: value for name, value in config.items() if name in given}  # vocab_size follows the data
     counts = {"processes": run.world, "samples": [len(data_set) for data_set in stage.samples]}
     return {"stage": args.stage, "args": given | actual | counts, "config": config}
+
+
+def refuse_another_command(args):
+    """UserError if the run in --out, which has no last.pt yet, was begun by another command."""
+    path = Path(args.out, "config.json")
+    begun = parse_json(read_text(path), path)["args"] if path.exists() else vars(args)
+    for name in ("stage", "config", "init", "data", "batch_size", "lr", "seed"):
+        if begun[name] != vars(args)[name]:
+            raise UserError(f"{args.out} has no last.pt yet: repeat the whole command of its run")
 
 
 def prepare(stage, args, run, resumed):

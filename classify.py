@@ -44,7 +44,7 @@ class Classify(Task):
         captions = "captions of a class, of which the mean counts; {} is its name (default: a {})"
         parser.add_argument("--templates", nargs="+", metavar="TEXT", help=captions)
         names = "FOLDER NAME, … per line, as in ImageNet's LOC_synset_mapping.txt: the classes to choose from "
-        names += "(default: the folders of the split)"
+        names += "(default: the folders of the split; of all splits if a hash makes them)"
         parser.add_argument("--class-names", metavar="FILE", help=names)
 
     @staticmethod
@@ -61,7 +61,7 @@ class Classify(Task):
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
         by_hash, splits = not has_split_folders(args.data[0]), args.splits
-        if not args.training and args.zero_shot and by_hash:  # which has classes that the split may lack
+        if not args.training and args.zero_shot and by_hash and not args.class_names:  # a split may lack some
             splits = list(dict.fromkeys([args.split, *SPLITS]))
         self.sources = read_splits(splits, lambda split: read(args.data, split, config.image_size))
         if not args.training and args.zero_shot:

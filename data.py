@@ -183,16 +183,17 @@ class Examples(Images):
         return sample
 
 
-def print_not_read_whole(texts, words):
-    """Says, on process 0, how many of the first thousand texts a model cannot read whole."""
+def print_not_read_whole(texts, words, special=2):
+    """Says, on process 0, how many of the first thousand texts a model cannot read whole. special:
+    how many tokens a sample has besides those of its text."""
     if losses.rank():
         return
     found = list(itertools.islice(texts, 1000))
     encodings = words.tokenizer.encode_batch(found, add_special_tokens=False)
-    cut = sum(len(encoding.ids) > words.length - 2 for encoding in encodings)
+    cut = sum(len(encoding.ids) > words.length - special for encoding in encodings)
     unknown = sum("[UNK]" in encoding.tokens for encoding in encodings)
     if cut or unknown:
-        told = f"{cut} are cut (--max-text-len {words.length}), {unknown} have words that the vocabulary lacks"
+        told = f"{cut} are cut to {words.length} tokens, {unknown} have words that the vocabulary lacks"
         tqdm.write(f"of {len(found)} texts {told}", file=sys.stderr)
 
 

@@ -241,7 +241,7 @@ class Sentences(Dataset):
     def __init__(self, source, words, target):
         self.source, self.words, self.target = source, words, target
         if not source.drawn:
-            data.print_not_read_whole(source.corpus(), words)
+            data.print_not_read_whole(source.corpus(), words, special=1 + len(source[0].texts))
 
     def __len__(self):
         return len(self.source)

@@ -270,7 +270,7 @@ def has_split_folders(folder):
     splits = [name for name in folders if name.lower() in SPELLINGS]
     if len(splits) > 1 and (wrong := set(splits).difference(SPLITS)):
         raise UserError(f"{Path(folder, min(wrong))}: folders of splits are train, val and test: rename it")
-    return len(splits) > 1 or len(splits) == len(folders) == 1
+    return len(splits) > 1 or (len(folders) == 1 and folders[0] in SPLITS)
 
 
 def image_files(folder, split):
@@ -317,7 +317,8 @@ def folder_of_images(path, image_size):
     if captions_file(path, "test"):
         return pictures([path], "test", image_size)
     images = (Picture(file, [], file) for file in files_below(path, IMAGES))
-    source = Records(Picture, itertools.chain(read_shards(shard_files(path)), images))
+    shards = list(files_below(path, (".tar",)))
+    source = Records(Picture, itertools.chain(read_shards(shards), images))
     if not len(source):
         raise UserError(f"{path} has no images ({', '.join(IMAGES)}) and no shards (.tar)")
     return source

@@ -54,7 +54,7 @@ def parse(stages, option, default, description):
     first.add_argument("--init", metavar="FILE", help="start from this checkpoint")
     first.add_argument("--out", metavar="DIR", help="where the run goes")
     first.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
-    chosen, rest = first.parse_known_args()
+    chosen, _ = first.parse_known_args()
     name = chosen.stage or default
     out = chosen.out or f"runs/{name}"
     for path in (Path(out), *Path(out).parents):
@@ -65,8 +65,6 @@ def parse(stages, option, default, description):
         start = checkpoint.read(last, resumed=True)
     elif chosen.init:
         start = checkpoint.read(chosen.init)
-    elif chosen.resume and Path(out, "config.json").exists() and not (rest or chosen.stage or chosen.config):
-        raise UserError(f"{out} has no last.pt yet: repeat the whole command of its run")
     if start and start.resumed:
         if chosen.stage not in (None, start.stage):
             raise UserError(f"{out} holds a run of {start.stage}: give {chosen.stage} another --out")
@@ -102,6 +100,8 @@ def parse(stages, option, default, description):
         config = dataclasses.replace(base, **changed)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if args.resume and not last.exists():
+        checkpoint.refuse_another_command(args)
     return Stage, args, config, start
 
 

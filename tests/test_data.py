@@ -211,7 +211,7 @@ def test_an_epoch_has_every_caption_of_every_picture_once(words, capsys):
         same[i] = same[i]._replace(captions=[caption])
     same.drawn = False
     pairs = data.Pairs(same, words, 8, options())  # captions that are read alike, also because they are cut
-    assert "of 4 texts 2 are cut (--max-text-len 24), 4 have words that" in capsys.readouterr().err
+    assert "of 4 texts 2 are cut to 24 tokens, 4 have words that" in capsys.readouterr().err
     a, b, c, d = (pairs[0, number]["ids"][1].item() for number in range(4))
     assert a == b != c == d
 

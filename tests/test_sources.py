@@ -103,7 +103,10 @@ def test_folders_of_splits_are_two_or_the_only_one(tmp_path):
     for name in ("Train", "validation"):
         picture(tmp_path / name / "b.png")
         refused(sources.has_split_folders, tmp_path, says=f"{name}: folders of splits are")
+        assert len(sources.folder_of_images(tmp_path, 8)) == 5  # which needs no splits
         shutil.rmtree(tmp_path / name)
+    picture(tmp_path / "one" / "Train" / "b.png")
+    assert not sources.has_split_folders(tmp_path / "one")
 
 
 def test_hidden_files_and_folders_are_no_data(tmp_path):

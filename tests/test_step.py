@@ -129,7 +129,7 @@ def dvae_stage():
 CASES = [(dvae_stage,)]
 CASES += [(momo_stage_of, kind) for kind in (MoMoImage, MoMoText, MoMoVL, MoMoAll)]
 for layout in ({}, RELATIVE):
-    changes = layout | {"drop_path": 0.2, "layers": 2}
+    changes = layout | {"drop_path": 0.2}
     CASES.append((stage_of, VL, "itc itm mlm", changes))
     CASES.append((stage_of, Image, "mim", changes))
     CASES.append((stage_of, Text, "mlm", changes))

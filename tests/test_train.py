@@ -179,6 +179,9 @@ def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
     refused(call, "train", *run, says="processes 2 → 1")
     (out / "last.pt").unlink()  # as if it had been killed before its first checkpoint
     refused(call, "train", *run, says="repeat the whole command")
+    whole = [*SIZE, *BRIEF, "--data", folder, "--negatives", "local", "--lr", 1e-4]
+    call("train", *run, *whole)
+    assert checkpoint.read(out / "last.pt").step == 4
 
 
 # Negatives for ITM are drawn, so it is left out. In stage momo-text the modalities take turns, and only
