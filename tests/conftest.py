@@ -36,7 +36,7 @@ from stages import VL
 SIZE = "--dim 32 --layers 2 --heads 2 --image-size 16 --patch-size 8".split()
 BRIEF = "--batch-size 8 --warmup 2 --steps 4 --save-every 2 --log-every 1".split()
 shapes.SCENES = {"train": 300, "val": 12, "test": 40, "rare": 12}  # of the built-in world
-KNOWN = {}  # tokenizers, trained once for all tests that ask for the same
+KNOWN = {}  # tokenizers and scenes, made once for all tests that ask for the same
 
 
 def train_tokenizer_once(corpus, size, train_tokenizer=texts.train_tokenizer):
@@ -44,6 +44,16 @@ def train_tokenizer_once(corpus, size, train_tokenizer=texts.train_tokenizer):
     if key not in KNOWN:
         KNOWN[key] = train_tokenizer(corpus, size)
     return KNOWN[key]
+
+
+def scene_once(world, i, scene=shapes.World.scene):
+    key = world.name, i
+    if key not in KNOWN:
+        KNOWN[key] = scene(world, i)
+    return KNOWN[key]
+
+
+shapes.World.scene = scene_once
 
 
 def call(script, *flags, charts=False):
