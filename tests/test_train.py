@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from conftest import BRIEF, ROOT, SIZE, assert_same_metrics, assert_same_run, call, commands, metrics, refused
 from files import pictures, write_lines
 
@@ -92,8 +92,8 @@ def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path, monkeypatch
 # ---- Resumption, and many processes --------------------------------------------------------------
 
 
-def train_until(step, number, rank, *flags):
-    """At the start of a step process `rank` gets a signal, or dies (None)."""
+def ending(step, number, rank=0):
+    """The learning rate, but at this step process `rank` gets a signal, or dies (None)."""
 
     def rate(now, *rest, real=runtime.learning_rate):
         if now == step and int(os.environ.get("RANK", 0)) == rank:
@@ -102,8 +102,12 @@ def train_until(step, number, rank, *flags):
             os.kill(os.getpid(), number)
         return real(now, *rest)
 
+    return rate
+
+
+def train_until(step, number, rank, *flags):
     with pytest.MonkeyPatch.context() as patch, pytest.raises((KeyboardInterrupt, runtime.Stopped)) as ended:
-        patch.setattr(runtime, "learning_rate", rate)
+        patch.setattr(runtime, "learning_rate", ending(step, number, rank))
         call("train", *flags)
     assert getattr(ended.value, "number", None) == number
 
@@ -142,19 +146,21 @@ def test_one_of_two_processes_gets_a_signal_both_stop_and_torchrun_resumes(proce
     assert checkpoint.read(parts / "previous.pt").step == 3
 
 
-def test_a_stopped_script_has_its_line_and_status(tmp_path):
+def interrupted(folder):
+    """train.py as python runs it, with Ctrl-C in its second step."""
+    sys.stderr = open(folder / "stderr", "w")
+    runtime.learning_rate = ending(2, signal.SIGINT)
+    sys.argv = ["train.py", *SIZE, *BRIEF, "--out", str(folder / "out")]
+    runtime.run(train.main)
+
+
+def test_a_stopped_script_has_its_line_and_status(processes, tmp_path):
     """As a user sees it: the bar is closed before the line."""
-    command = [sys.executable, "train.py", *SIZE, *BRIEF, "--steps", "100000", "--out", tmp_path / "out"]
-    options = dict(cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    with subprocess.Popen(list(map(str, command)), **options) as process:
-        while not (tmp_path / "out/last.pt").exists():
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    step = checkpoint.read(tmp_path / "out/last.pt").step
-    end = f"stopped after step {step}: --resume --out {tmp_path / 'out'} goes on"
-    assert said.endswith(f"\ntrain.py: {end}\n")
+    with pytest.raises(mp.ProcessExitedException) as end:
+        processes(1, interrupted, tmp_path, group=False)
+    assert end.value.exit_code == 130 and checkpoint.read(tmp_path / "out/last.pt").step == 2
+    said = f"stopped after step 2: --resume --out {tmp_path / 'out'} goes on"
+    assert (tmp_path / "stderr").read_text().endswith(f"\ntrain.py: {said}\n")
 
 
 def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
