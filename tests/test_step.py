@@ -127,7 +127,7 @@ def dvae_stage():
 
 
 CASES = [(dvae_stage,)]
-CASES += [(momo_stage_of, kind) for kind in (MoMoImage, MoMoText, MoMoVL, MoMoAll)]
+CASES += [(momo_stage_of, kind) for kind in (MoMoImage, MoMoText, MoMoAll)]  # which begins with MoMoVL's step
 for layout in ({}, RELATIVE):
     changes = layout | {"drop_path": 0.2}
     CASES.append((stage_of, VL, "itc itm mlm", changes))
