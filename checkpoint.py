@@ -24,7 +24,7 @@ import torch
 import runtime
 from mome import Config, VLMo
 from positions import fitted
-from reading import parse_json, read_text
+from reading import malformed, parse_json, read_text
 from runtime import UserError
 from texts import Words, tokenizer_from_json
 
@@ -205,13 +205,19 @@ def settings(stage, args, run):
     return {"stage": args.stage, "args": given | actual | counts, "config": config}
 
 
+DECISIVE = ("stage", "config", "init", "data", "batch_size", "lr", "seed")  # of two commands, whether they are one
+
+
 def refuse_another_command(args):
     """UserError if the run in --out, which has no last.pt yet, was begun by another command."""
     path = Path(args.out, "config.json")
-    begun = parse_json(read_text(path), path)["args"] if path.exists() else vars(args)
-    for name in ("stage", "config", "init", "data", "batch_size", "lr", "seed"):
-        if begun[name] != vars(args)[name]:
-            raise UserError(f"{args.out} has no last.pt yet: repeat the whole command of its run")
+    if not path.exists():
+        return
+    with malformed(path):
+        begun = parse_json(read_text(path), path)["args"]
+        same = all(begun[name] == vars(args)[name] for name in DECISIVE)
+    if not same:
+        raise UserError(f"{args.out} has no last.pt yet: repeat the whole command of its run")
 
 
 def prepare(stage, args, run, resumed):
