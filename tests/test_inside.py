@@ -123,25 +123,17 @@ def test_stage_image_fills_in_the_likeliest_codes_in_the_place_of_each(monkeypat
 
 
 @pytest.mark.parametrize(
-    "stage, flag, known",
+    "stage, args, known",
     [
-        ("momo-image", False, "image"), ("momo-text", False, "image text"), ("momo-text", True, "text"),
-        ("momo-vl", False, "image pair text"), ("momo-vl", True, "image pair"), ("momo-all", False, "image pair text"),
+        ("momo-image", {}, "image"), ("momo-text", {}, "image text"), ("momo-text", {"no_simultaneous": True}, "text"),
+        ("momo-vl", {}, "image pair text"), ("momo-vl", {"no_simultaneous": True}, "image pair"),
+        ("momo-all", {}, "image pair text"), ("text", {}, "text"), ("vl", {}, "pair text"),
+        ("vl", {"mlm_weight": 0}, ""), ("vqa", {}, ""),
     ],
 )  # fmt: skip
-def test_momo_fills_in_what_its_stage_has_learned(stage, flag, known):
-    start = SimpleNamespace(stage=stage, args={"no_simultaneous": flag})
+def test_a_checkpoint_fills_in_what_its_stage_has_learned(stage, args, known):
+    start = SimpleNamespace(stage=stage, args=args, extra={}, tensors=["mlm_head.0.weight"])
     assert inside.fills_in(start) == set(known.split())
-
-
-@pytest.mark.parametrize("stage, known", [("image", ""), ("text", "text"), ("vl", "pair text"), ("vqa", "")])
-def test_vlmo_fills_in_what_its_stage_has_learned(stage, known):
-    start = SimpleNamespace(stage=stage, args={}, extra={}, tensors=["mlm_head.0.weight"])
-    assert inside.fills_in(start) == set(known.split())
-    start.args["mlm_weight"] = 0
-    assert inside.fills_in(start) == set()
-    start.extra["dvae"] = {}
-    assert inside.fills_in(start) == {"image"}
 
 
 def test_guesses_are_the_likeliest_words_in_the_place_of_each(words):
