@@ -69,6 +69,12 @@ def call(script, *flags, charts=False):
         importlib.import_module(script).main()
 
 
+def tune(task, out, *flags):
+    """Fine-tunes in a folder → the checkpoint of the last step."""
+    call("finetune", "--task", task, *flags, "--out", out)
+    return checkpoint.read(out / "last.pt")
+
+
 def refused(function, *arguments, error=UserError, says=None, **more):
     """A call that must fail, in one line."""
     with pytest.raises(error, match=says) as caught:

@@ -5,13 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same_metrics, call, commands, metrics, refused
+from conftest import assert_same_metrics, call, commands, metrics, refused, tune
 from files import nlvr2, picture, vqa, write_lines
 
 import checkpoint
 import classify
 import finetune
-import glue
 import images
 from sides import bare
 
@@ -44,22 +43,15 @@ def test_a_tenth_of_the_steps_is_warm_up_and_four_times_at_least_it_is_measured(
         assert (args.steps, args.warmup, args.eval_every) == (steps, warmup, eval_every)
 
 
-IN_THE_WORLD = [name for name in finetune.TASKS if name == "rte" or name not in glue.TASKS]
-
-
-@pytest.mark.parametrize("task", IN_THE_WORLD)
+@pytest.mark.parametrize("task", ["vqa", "nlvr2", "retrieval", "classify", "probe", "rte"])
 def test_evaluation_finds_what_the_run_said_at_its_end(task, start, tmp_path, capsys):
-    run = ["--task", task, "--init", start, "--batch-size", 32, "--epochs", 1e-9, "--eval-every", 1]
-    run += ["--itm-weight", 1] if task == "retrieval" else []
-    if task in ("classify", "probe"):
-        content = torch.load(start, weights_only=True)
-        content["config"]["drop_path"] = 0.1
-        torch.save(content, tmp_path / "start.pt")
-        run[3] = tmp_path / "start.pt"
-    call("finetune", *run, "--out", tmp_path)
-    best, last = (checkpoint.read(tmp_path / name) for name in ("best.pt", "last.pt"))
+    content = torch.load(start, weights_only=True)
+    content["config"]["drop_path"] = 0.1
+    torch.save(content, tmp_path / "start.pt")
+    run = ["--init", tmp_path / "start.pt", "--batch-size", 32, "--epochs", 1e-9, "--eval-every", 1]
+    last = tune(task, tmp_path, *run, *(["--itm-weight", 1] if task == "retrieval" else []))
     val, test = measures(tmp_path)
-    assert best.record == val[finetune.TASKS[task].best]
+    assert checkpoint.read(tmp_path / "best.pt").record == val[finetune.TASKS[task].best]
     capsys.readouterr()
     ask = ["--task", task, "--checkpoint", tmp_path / "best.pt"]
     call("evaluate", *ask, *(["--rerank", 3] if task == "retrieval" else []))
@@ -120,40 +112,36 @@ def test_nlvr2_on_two_processes_is_as_on_one_and_has_its_csv(start, processes, t
 
 
 def test_pooler_second_image_and_head_of_a_new_task(start, tmp_path):
-    run = ["--task", "nlvr2", "--init", start, *ONE_STEP, "--lr", 1e-3, "--head-factor", 10]
+    run = ["--init", start, *ONE_STEP, "--lr", 1e-3, "--head-factor", 10]
     before = checkpoint.read(start).tensors
-    call("finetune", *run, "--no-fresh-pooler", "--out", tmp_path / "kept")
-    kept = checkpoint.read(tmp_path / "kept/last.pt")
+    kept = tune("nlvr2", tmp_path / "kept", *run, "--no-fresh-pooler")
     pooler = kept.tensors["pooler.weight"] - before["pooler.weight"]
     types = kept.tensors["types"][1:] - before["types"][1]  # both start from the first image's
     for moved in (pooler, types):
         assert 0 < moved.abs().max() <= 1.01e-3  # AdamW's first step, and a little decay
     rates = [group["lr"] for group in kept.optimizer["param_groups"]]
     assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3])
-    call("finetune", *run, "--fresh-pooler", "--seed", 1, "--out", tmp_path / "fresh")
-    fresh = checkpoint.read(tmp_path / "fresh/last.pt").tensors
+    fresh = tune("nlvr2", tmp_path / "fresh", *run, "--fresh-pooler", "--seed", 1).tensors
     assert (fresh["pooler.weight"] - before["pooler.weight"]).abs().max() > 0.03
     assert "itm_head.weight" in kept.tensors.keys() - fresh.keys()  # it reads what the old pooler gave
 
 
 def test_a_head_keeps_the_order_of_its_choices_and_others_get_a_new_one(tmp_path, capsys):
     """Another task, and other classes, as from ImageNet-22k to ImageNet-1k."""
-    call("finetune", "--task", "classify", *ONE_STEP, "--out", tmp_path / "first")
+    tune("classify", tmp_path / "first", *ONE_STEP)
     content = torch.load(tmp_path / "first/last.pt", weights_only=True)
     assert content["config"]["dim"] == 128  # from random weights, --config tiny
     content["extra"]["choices"].reverse()
     torch.save(content, tmp_path / "other.pt")
+    run = ["--init", tmp_path / "other.pt", *ONE_STEP]
     for task in ("classify", "probe"):
-        flags = ["--task", task, "--init", tmp_path / "other.pt", "--lr", 1e-4, "--seed", 1]
-        call("finetune", *flags, *ONE_STEP, "--out", tmp_path / task)
-        found = checkpoint.read(tmp_path / task / "last.pt")
+        found = tune(task, tmp_path / task, *run, "--lr", 1e-4, "--seed", 1)
         moved = (found.head["1.weight"] - content["head"]["1.weight"]).abs().max()
         assert (found.extra == content["extra"]) == (moved < 1e-3) == (task == "classify")
     for name in ("train/a", "train/b", "val/a", "val/b"):
         picture(tmp_path / "data" / name / "1.png")
-    run = ["--task", "classify", "--init", tmp_path / "other.pt", *ONE_STEP, "--batch-size", 2]
-    call("finetune", *run, "--data", tmp_path / "data", "--out", tmp_path / "new")
-    assert checkpoint.read(tmp_path / "new/last.pt").extra == {"choices": ["a", "b"]}
+    new = tune("classify", tmp_path / "new", *run, "--batch-size", 2, "--data", tmp_path / "data")
+    assert new.extra == {"choices": ["a", "b"]}
     assert capsys.readouterr().out.count("with a new head") == 3  # the first, the probe's, this one
     trained = SimpleNamespace(extra={"choices": ["dog", "cat"]})
     stage = bare(classify.Classify, None, trained=trained)
@@ -165,20 +153,17 @@ def test_vqa_from_its_files_to_a_submission(start, tmp_path):
     folder = vqa(tmp_path / "data", ids=range(1, 21))  # the answer to all of them is 2
     vqa(folder, "val2014", ids=range(30, 41))
     vqa(folder, "test2015", ids=range(50, 63), annotated=())
-    run = ["--task", "vqa", "--init", start, *BRIEF, "--epochs", 1, "--data", folder]
-    call("finetune", *run, "--out", tmp_path / "out")
-    found = checkpoint.read(tmp_path / "out/last.pt")
+    run = ["--init", start, *BRIEF, "--epochs", 1, "--data", folder]
+    found = tune("vqa", tmp_path / "out", *run)
     assert found.extra["choices"] == ["2"] and found.args["steps"] == 2
     assert "itm_head.weight" not in found.tensors  # the pooler that it reads is a new one
     assert metrics(tmp_path / "out")[-1]["number"] == 100  # there is only one answer
     ask = ["--task", "vqa", "--checkpoint", tmp_path / "out/last.pt", "--data", folder]
-    path = tmp_path / "test.json"
-    call("evaluate", *ask, "--predictions", path, "--batch-size", 3)
+    call("evaluate", *ask, "--predictions", tmp_path / "test.json", "--batch-size", 3)
     submission = [{"question_id": id, "answer": "2"} for id in range(50, 63)]
-    assert json.loads(path.read_text()) == submission
+    assert json.loads((tmp_path / "test.json").read_text()) == submission
     refused(call, "evaluate", *ask)  # nothing to measure, and nothing to write
-    call("finetune", *run, "--trainval", "--out", tmp_path / "more")
-    assert checkpoint.read(tmp_path / "more/last.pt").args["steps"] == 4
+    assert tune("vqa", tmp_path / "more", *run, "--trainval").args["steps"] == 4
 
 
 def test_zero_shot_the_class_is_that_of_the_nearest_captions(start, tmp_path, monkeypatch):

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, call, refused
+from conftest import SMALL, call, refused, tune
 from files import write_lines
 
-import checkpoint
 import data
 import glue
 import shapes
@@ -120,15 +119,12 @@ def test_from_official_files_to_a_submission(name, stages, tmp_path, monkeypatch
     labels = (kind.labels or ["1.5", "4.0"]) * 12
     for file in set(kind.files.values()):
         write(tmp_path, kind.folder, file, labels[:6] if "test" not in file else [None] * 5)
-    run = ["--task", name, "--data", tmp_path, "--batch-size", 6]
-    run += ["--init", stages / "vl/last.pt"] if name == "sts-b" else []  # else a new vocabulary
-    call("finetune", *run, "--epochs", 4, "--max-text-len", 44, "--out", tmp_path / "out")
-    found = checkpoint.read(tmp_path / "out/best.pt")
-    assert found.extra["choices"] == kind.labels
-    again = ["--task", name, "--data", tmp_path, "--init", tmp_path / "out/last.pt", "--batch-size", 6]
-    call("finetune", *again, "--epochs", 1e-9, "--out", tmp_path / "again")
-    assert checkpoint.read(tmp_path / "again/last.pt").config.max_text_len == 44  # it keeps its own
-    ask = ["--task", name, "--checkpoint", tmp_path / "out/last.pt", "--data", tmp_path]
+    run, out = ["--data", tmp_path, "--batch-size", 6], tmp_path / "out"
+    start = ["--init", stages / "vl/last.pt"] if name == "sts-b" else []  # else a new vocabulary
+    assert tune(name, out, *run, *start, "--epochs", 4, "--max-text-len", 44).extra["choices"] == kind.labels
+    again = tune(name, tmp_path / "again", *run, "--init", out / "last.pt", "--epochs", 1e-9)
+    assert again.config.max_text_len == 44  # it keeps its own
+    ask = ["--task", name, "--checkpoint", out / "best.pt", "--data", tmp_path]
     call("evaluate", *ask, "--split", "val")
     assert json.loads(capsys.readouterr().out.splitlines()[-1]).keys() == kind.metrics.keys()
     call("evaluate", *ask, "--predictions", tmp_path / "answers.tsv")

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import BRIEF, SIZE, call, commands, refused
+from conftest import SIZE, call, commands, refused, tune
 from files import pictures, write_lines
 from PIL import Image
 
@@ -23,10 +23,11 @@ def trained(stages, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     run = ["--init", stages / "vl/last.pt", "--batch-size", 8, "--epochs", 1e-9, "--eval-every", 0]
     for task in ("vqa", "nlvr2"):
-        call("finetune", "--task", task, *run, "--out", folder / task)
-    call("train", "--stage", "momo-image", *SIZE, *BRIEF, "--out", folder / "momo-image")
-    start = ["--init", folder / "momo-image/last.pt", *BRIEF, "--max-text-len", 24]
-    call("train", "--stage", "momo-vl", *start, "--out", folder / "momo-vl")
+        tune(task, folder / task, *run)
+    brief = ["--batch-size", 8, "--steps", 1, "--out"]
+    call("train", "--stage", "momo-image", *SIZE, *brief, folder / "momo-image")
+    start = ["--init", folder / "momo-image/last.pt", "--max-text-len", 24]
+    call("train", "--stage", "momo-vl", *start, *brief, folder / "momo-vl")
     for name in ("image", "text", "vl"):
         (folder / name).symlink_to(stages / name)
     (folder / "no-words").mkdir()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call, refused, shaken
+from conftest import call, refused, shaken, tune
 from files import CASES, released, shapes_of, write_lines
 from torch import nn
 
@@ -133,9 +133,8 @@ def test_imported_tasks_are_evaluated_and_fine_tuned(convert, tmp_path):
 
     torch.save(released("nlvr2-relative"), file)
     convert(file, "-o", out)
-    run = ["--task", "nlvr2", "--init", out, "--image-size", 16, *vocab]
-    run += ["--batch-size", 2, "--epochs", 1e-3, "--out", tmp_path / "run"]
-    call("finetune", *run)
+    run = ["--init", out, "--image-size", 16, *vocab, "--batch-size", 2, "--epochs", 1e-3]
+    tune("nlvr2", tmp_path / "run", *run)
 
 
 def test_absolute_beit():
