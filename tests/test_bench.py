@@ -99,7 +99,7 @@ def test_flops_and_memory_by_hand():
 
 def test_the_benchmark_prints_tables_and_writes_its_numbers(tmp_path, monkeypatch, capsys):
     out, vectors = tmp_path / "bench.json", bench.vectors
-    monkeypatch.setitem(CONFIGS, "tiny", replace(SMALL, layers=2))
+    monkeypatch.setitem(CONFIGS, "tiny", replace(SMALL, layers=1))
     monkeypatch.setattr(bench, "vectors", lambda *_: vectors(20, 100, "cpu"))
     monkeypatch.setattr(bench, "matmul_peak", lambda run: 1e12)
     monkeypatch.setattr(bench, "VIEWS", 2)
@@ -119,6 +119,7 @@ def test_the_benchmark_prints_tables_and_writes_its_numbers(tmp_path, monkeypatc
 
 def test_what_a_sample_costs(monkeypatch):
     """Per sample, so twice the parameters that train do not count; --recompute keeps less."""
+    monkeypatch.setitem(CONFIGS, "tiny", replace(CONFIGS["tiny"], layers=2))
     monkeypatch.setattr(bench, "RUNS", tuple((kind, 32, 16) for kind, _, _ in bench.RUNS))
     monkeypatch.setattr(bench, "clear", lambda: None)  # it takes longer than these steps
     rows = bench.bench_sizes("tiny", "relative", runtime.Runtime())
