@@ -126,25 +126,27 @@ def dvae_stage():
     return stage, {"image": torch.zeros(4, 3, 16, 16, dtype=torch.uint8)}
 
 
-CASES = [(dvae_stage,)]
-CASES += [(momo_stage_of, kind) for kind in (MoMoImage, MoMoText, MoMoAll)]  # which begins with MoMoVL's step
-for layout in ({}, RELATIVE):
+FULL, MIXED, IN_PARTS = (False, 1), (True, 1), (False, 2)  # passes: mixed precision? in how many parts?
+CASES = [([FULL, MIXED], dvae_stage)]
+CASES += [([FULL, MIXED], momo_stage_of, kind) for kind in (MoMoImage, MoMoText)]
+CASES.append(([IN_PARTS, MIXED], momo_stage_of, MoMoAll))  # which begins with MoMoVL's step
+for layout, passes in (({}, [FULL]), (RELATIVE, [MIXED])):
     changes = layout | {"drop_path": 0.2}
-    CASES.append((stage_of, VL, "itc itm mlm", changes))
-    CASES.append((stage_of, Image, "mim", changes))
-    CASES.append((stage_of, Text, "mlm", changes))
-    CASES += [(stage_of, kind, "loss", changes) for kind in (VQA, NLVR2, GLUE, Classify, Probe)]
+    CASES.append(([IN_PARTS, MIXED], stage_of, VL, "itc itm mlm", changes))
+    CASES.append((passes, stage_of, Image, "mim", changes))
+    CASES.append((passes, stage_of, Text, "mlm", changes))
+    CASES += [(passes, stage_of, kind, "loss", changes) for kind in (VQA, NLVR2, GLUE, Classify, Probe)]
 
 
-def step_on(device, build, *arguments):
-    """Forward and backward in full and in mixed precision, then clipping and the optimizer's step, on a
-    device whose values nobody can read."""
+def step_on(device, passes, build, *arguments):
+    """Forward and backward of some passes, then clipping and the optimizer's step, on a device whose
+    values nobody can read."""
     stage, batches = build(*arguments)
     stage, batches = stage.float().train(), batches if isinstance(batches, list) else [batches]
     with device.mode():
         device.move(stage)
         optimizer = runtime.adamw(stage)
-        for amp, count in ((False, 2 if isinstance(stage, VL) else 1), (True, 1)):
+        for amp, count in passes:
             parts = [tuple(map(device.like, batches)) for _ in range(count)]
             for part in stage.look_ahead(parts):
                 with torch.autocast(device.DEVICE, torch.bfloat16, enabled=amp):
