@@ -119,12 +119,7 @@ class Checkpoint:
             group["factor"] = factor
         if args.steps < self.step:
             raise UserError(f"{self.path} is at step {self.step}, beyond --steps {args.steps}")
-        changed = {}
-        for name, now in settings(stage, args, run)["args"].items():
-            before = self.args.get(name, now)
-            if now != before and name not in ("resume", "allow_changes"):
-                flag = name if name in ("processes", "samples") else f"--{name.replace('_', '-')}"
-                changed[name] = f"{flag} {before} → {now}"
+        changed = changes(self.args, settings(stage, args, run)["args"])
         told = ", ".join(changed.values())
         # Local negatives depend on how many pairs each process has
         harmless = HARMLESS - {"processes"} if stage.negatives == "local" else HARMLESS
@@ -205,27 +200,37 @@ def settings(stage, args, run):
     return {"stage": args.stage, "args": given | actual | counts, "config": config}
 
 
-DECISIVE = ("stage", "config", "init", "data", "batch_size", "lr", "seed")  # of two commands, whether they are one
+def changes(before, now):
+    """{name: "--name old → new"} of args of settings() that differ."""
+    found = {}
+    for name, new in now.items():
+        old = before.get(name, new)
+        if new != old and name not in ("resume", "allow_changes"):
+            flag = name if name in ("processes", "samples") else f"--{name.replace('_', '-')}"
+            found[name] = f"{flag} {old} → {new}"
+    return found
 
 
-def refuse_another_command(args):
-    """UserError if the run in --out, which has no last.pt yet, was begun by another command."""
-    path = Path(args.out, "config.json")
-    if not path.exists():
-        return
-    with malformed(path):
-        begun = parse_json(read_text(path), path)["args"]
-        same = all(begun[name] == vars(args)[name] for name in DECISIVE)
-    if not same:
-        raise UserError(f"{args.out} has no last.pt yet: repeat the whole command of its run")
+def refuse_another_run(path, now):
+    """UserError if the run of a config.json was begun with other settings than `now`."""
+    if path.exists():
+        with malformed(path):
+            changed = changes(parse_json(read_text(path), path)["args"], now)
+        if changed.keys() - HARMLESS:
+            told = ", ".join(changed.values())
+            raise UserError(f"{path.parent} has no last.pt yet: repeat the whole command of its run ({told})")
 
 
 def prepare(stage, args, run, resumed):
     """Makes the folder of a run, and writes config.json. An earlier run in it is moved aside,
-    unless it is resumed. → its path. UserError, before that, if there is nothing to measure."""
+    unless it is resumed. → its path. UserError, before that, if there is nothing to measure, or
+    nothing to resume but a run with other settings, which was killed before its first last.pt."""
     if args.eval_every and "val" not in stage.measured():
         raise UserError("--eval-every needs a val split, and something that can be measured on it")
     out = Path(args.out)
+    written = json.dumps(settings(stage, args, run), indent=2) + "\n"
+    if args.resume and not resumed:
+        run.from_main(lambda: refuse_another_run(out / "config.json", json.loads(written)["args"]))
     if not run.main:
         return out
     if not resumed and (out / "last.pt").exists():
@@ -234,7 +239,6 @@ def prepare(stage, args, run, resumed):
         out.resolve().rename(aside)
         run.print(f"{out} held a run: moved to {aside.name} next to it (--resume would have continued it)")
     out.resolve().mkdir(parents=True, exist_ok=True)  # it may be a link
-    written = json.dumps(settings(stage, args, run), indent=2) + "\n"
     runtime.write(out / "config.json", lambda file: file.write(written.encode()))
     return out
 

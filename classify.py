@@ -60,7 +60,8 @@ class Classify(Task):
 
     def __init__(self, args, config, start, run):
         super().__init__(args, start)
-        by_hash, splits = not has_split_folders(args.data[0]), args.splits
+        splits = args.splits
+        by_hash = not has_split_folders(args.data[0])
         if not args.training and args.zero_shot and by_hash and not args.class_names:  # a split may lack some
             splits = list(dict.fromkeys([args.split, *SPLITS]))
         self.sources = read_splits(splits, lambda split: read(args.data, split, config.image_size))

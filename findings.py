@@ -231,9 +231,11 @@ def launch(words, processes, jobs, log):
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = Path(__file__).with_name(words[0])
-    share = {"OMP_NUM_THREADS": str(max(1, runtime.cores() // jobs // processes)), "CUDA_VISIBLE_DEVICES": ""}
+    # Its share of the cores, and no GPU, on which runs would be in each other's way
+    threads = str(max(1, runtime.cores() // jobs // processes))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
     # In a session of its own: Ctrl-C asks us only, and we ask it to end
-    options = dict(env=os.environ | share, start_new_session=True)
+    options = dict(env=environment, start_new_session=True)
     with open(log, "a") as file:
         print(BEGINS, *words, file=file, flush=True)
         return subprocess.Popen([*python, script, *words[1:]], stdout=file, stderr=file, **options)

@@ -60,8 +60,8 @@ def mask_each_word(words, text):
 
 @torch.no_grad()
 def attention_maps(model, text, mask, image, layers, heads):
-    """What each token reads of each patch, a mean over layers and heads (numbers from 0): (B, T,
-    N). text, mask (B, T), image (B, 3, side, side)."""
+    """What each token reads of each patch, a mean over layers and heads (numbers from 0) →
+    (B, T, N). text, mask (B, T), image (B, 3, side, side)."""
     with attention_of(model) as caught:
         model.encode_pair(text, mask, image)
     T = text.shape[1]

@@ -147,7 +147,7 @@ def draw_negatives(scores, candidate):
     """
     scores = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).nan_to_num()
     found = candidate.any(1)
-    scores = scores.masked_fill(~candidate & found[:, None], -math.inf)  # a row without any stays
+    scores = scores.masked_fill(~candidate & found[:, None], -math.inf)  # a row without a candidate stays as it is
     p = scores.softmax(1)
     # The largest p / Exp(1) is a draw from p. torch.multinomial checks p, for which the host would wait
     drawn = (p / torch.empty_like(p).exponential_()).argmax(1)

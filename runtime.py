@@ -306,7 +306,7 @@ def speed_up(stage, args, run):
     compiler. UserError if the stage has no blocks."""
     blocks = stage.blocks()
     if (args.compile or args.recompute) and not blocks:
-        raise UserError("this stage has no Transformer blocks: --no-compile, --no-recompute")
+        raise UserError("this stage has no Transformer blocks: give --no-compile and --no-recompute")
     if args.compile:
         compile_blocks(blocks, run)
     if args.recompute:

@@ -66,7 +66,7 @@ def pictures(paths, split, image_size, captions=False, excluded=None):
     records = all_pictures(paths, split, captions)
     if excluded is not None and split == "train":
         records = without(records, excluded)
-    if split != "train":  # recall counts pictures, and training any order of lines
+    if split != "train":  # recall counts each picture once; training takes lines as they come
         records = merged(records)
     source = Records(Picture, records, by_text)
     if not len(source):

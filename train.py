@@ -100,8 +100,6 @@ def parse(stages, option, default, description):
         config = dataclasses.replace(base, **changed)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if args.resume and not last.exists():
-        checkpoint.refuse_another_command(args)
     return Stage, args, config, start
 
 

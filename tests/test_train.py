@@ -183,10 +183,15 @@ def test_a_resumed_run_changes_only_what_it_is_allowed_to(tmp_path):
     content["args"]["processes"] = 2  # whose negatives were others
     torch.save(content, out / "last.pt")
     refused(call, "train", *run, says="processes 2 → 1")
-    (out / "last.pt").unlink()  # as if it had been killed before its first checkpoint
-    refused(call, "train", *run, says="repeat the whole command")
-    whole = [*SIZE, *BRIEF, "--data", folder, "--negatives", "local", "--lr", 1e-4]
-    call("train", *run, *whole)
+
+
+def test_a_run_without_a_checkpoint_is_resumed_by_its_own_command_only(tmp_path):
+    out = tmp_path / "out"
+    whole = ["--out", out, "--resume", *SIZE, *BRIEF]
+    call("train", *whole, "--negatives", "local")
+    (out / "last.pt").unlink()  # as if it had been killed before
+    refused(call, "train", *whole, says=r"repeat the whole command of its run \(--negatives local → global\)")
+    call("train", *whole, "--negatives", "local", "--log-every", 2)
     assert checkpoint.read(out / "last.pt").step == 4
 
 
