@@ -216,8 +216,7 @@ def refuse_another_run(path, now):
     if path.exists():
         with malformed(path):
             changed = changes(parse_json(read_text(path), path)["args"], now)
-        if changed.keys() - HARMLESS:
-            told = ", ".join(changed.values())
+        if told := ", ".join(changed[name] for name in changed if name not in HARMLESS):
             raise UserError(f"{path.parent} has no last.pt yet: repeat the whole command of its run ({told})")
 
 
