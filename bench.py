@@ -115,6 +115,8 @@ def bench_step(kinds, name, b, run, repeats):
     """Steps of several kinds, {name: arguments of Side}; ratios are to the first."""
     makers = {kind: partial(Side, name, b, run, **arguments) for kind, arguments in kinds.items()}
     seconds = alternate(makers, repeats, run.device)
+
+    # Memory and FLOPs of each, one at a time
     rows, best, first = [], matmul_peak(run), next(iter(kinds))
     for kind, arguments in kinds.items():
         median = statistics.median(seconds[kind])

@@ -275,12 +275,15 @@ def fit(model, tensors, config, path, copies=True):
     lacks, which start from the vision ones (Table 4); or "fresh", left as they are. UserError where
     the architectures differ, or the file lacks or has a tensor that it should not.
     """
+    # Architectures between which no tensor can be converted
     old, new = dataclasses.asdict(config), dataclasses.asdict(model.config)
     for name in FIXED:
         both_scaled = name == "layer_scale" and old[name] and new[name]
         if old[name] != new[name] and not both_scaled:
             advice = "leave out the flags of the architecture, or start from another file"
             raise UserError(f"{path} has {name} {old[name]}, and this run {new[name]}: {advice}")
+
+    # Each tensor of the model from that of the file, or from the vision expert's, or as it is
     own, how, state = model.state_dict(), {}, {}
     renamed = counterparts(tensors, own)
     converted = renamed.keys() - tensors.keys()
@@ -304,6 +307,8 @@ def fit(model, tensors, config, path, copies=True):
             how[group(name)] = "fresh"
         if state[name].shape != tensor.shape:
             raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
+
+    # And nothing of the file may be left over
     for name in tensors:
         if name not in own:
             differ = "is --vl-layers, --experts or --attention another?"

@@ -63,6 +63,7 @@ class Log:
     def write(self, step, lr):
         """Writes a line. UserError, on all processes alike, if a loss or parameter is not finite,
         or fp16 has skipped too many steps."""
+        # This process's share of each mean, on the device
         means = [total / self.counts[name] for name, total in self.sums.items()]
         size = nn.utils.get_total_norm([p.detach() for p in self.stage.parameters() if p.requires_grad])
         others = [size.float(), self.skipped, means[0].new_tensor(self.loader.unreadable)]
@@ -70,10 +71,14 @@ class Log:
         shares = torch.stack([*means, *others]).double() / self.run.world
         # The only wait for the device
         *means, size, skipped, unreadable, waited = losses.over_processes(shares)
+
+        # Under fp16 only some steps have counted
         skipped = round(skipped)
         values, steps = dict(zip(self.sums, means)), step - self.step
         if skipped:
             values["gradient norm"] *= steps / max(steps - skipped, 1)  # skipped steps have added 0
+
+        # A value that is not finite would be in the next checkpoint, too
         for name, value in [*values.items(), ("the norm of all parameters", size)]:
             if not math.isfinite(value):
                 advice = "try a lower --lr"
@@ -84,6 +89,8 @@ class Log:
         self.in_a_row = self.in_a_row + steps if skipped == steps else 0
         if self.in_a_row >= 100 or (step == self.args.steps and self.applied == 0):
             raise UserError(f"fp16 has skipped {self.in_a_row} updates in a row: use --amp bf16")
+
+        # The line, and the bar
         counts = {"skipped": skipped} if self.args.amp == "fp16" else {}
         rate = {f"{self.stage.unit}_per_s": steps * self.args.batch_size / (time.perf_counter() - self.clock)}
         rate["waited_s"] = round(waited, 3)  # for data, on average over processes

@@ -96,6 +96,8 @@ def search(args, run):
         return search_texts(model, words, args, run)
     if args.rerank and args.image:
         raise UserError("--rerank matches an image with texts, not with images")
+
+    # What is looked for: an image, or texts
     source = sources.folder_of_images(args.images, config.image_size)
     if args.image:
         titles, queries = [args.image], model.embed_image(view(read_image(args.image), config, run))
@@ -105,6 +107,8 @@ def search(args, run):
         # A source's own captions may be cut to the model's length; typed texts may not
         ids, mask = words.encode_all(known) if known and not args.text else encode(words, args.text, run)
         queries = model.embed_text(ids.to(run.device), mask.to(run.device))  # (C, D)
+
+    # The gallery, and for each query its best pictures
     kept = Path(args.out).with_suffix(".vectors.npz") if args.images else None
     gallery = retrieval.kept_vectors(model, source, kept, args.checkpoint, run.device)  # (I, D)
     rows = []
@@ -117,6 +121,8 @@ def search(args, run):
         if first:
             images = torch.cat([view(source.image(i), config, run) for i in first])
             best[: len(first)], matches = retrieval.reranked(model, first, scores, images, ids[q], mask[q])
+
+        # Printed, and as a row of the sheet
         tiles = []
         print(title)
         for i, label, right in retrieval.results(source, title, scores, best[: args.best]):
@@ -241,6 +247,7 @@ def attend(args, run):
         chosen = [layer - 1 for layer in layers], [head - 1 for head in heads]
         return inside.attention_maps(model, text, mask, image, *chosen)[0]
 
+    # A heat map per word
     image, texts = image_and_texts(args, config)
     ids, mask = encode(words, texts[:1], run)
     weights = maps(ids, mask, view(image, config, run)).cpu()
@@ -271,6 +278,8 @@ def masked(args, run):
     pixels = view(image, config, run)
     if words:
         ids, mask = encode(words, texts[:1], run)
+
+    # The image with patches hidden, and with what is predicted there
     if "image" in known:
         hidden = inside.hidden_patches(start, config, random.Random(0)).to(run.device)
         views = {
@@ -280,6 +289,8 @@ def masked(args, run):
         }
         tiles = [drawing.tile(drawing.from_tensor(one[0]), label) for label, one in views.items()]
         rows.append((f"{hidden.sum()} of {hidden.numel()} patches are hidden", tiles))
+
+    # Each word of the text hidden in turn: what is guessed without the image, and with it
     seen = {"without the image": None} if "text" in known else {}
     if "pair" in known:
         seen["with the image"] = pixels

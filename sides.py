@@ -87,6 +87,8 @@ class Side:
         self.run, self.ahead = run, ahead
         fields = {"drop_path": 0.0} | fields
         self.stage = stage_of(kind, name, dataclasses.replace(CONFIGS[name], **fields))
+
+        # The batches of each data set of the stage
         config = self.stage.model.config  # of MoMo another one
         batches = [pairs(config, b, momo.RATIO["pair"] if kind == "momo" else 0.15, full)]
         if kind == "vqa":
@@ -94,12 +96,16 @@ class Side:
         if kind == "momo":
             documents = pairs(config, b, momo.RATIO["text"], full=True)
             batches.append({name: documents[name] for name in ("masked", "labels", "mask")})
+
+        # Each of them in parts, on the device
         columns = []
         for batch in batches:
             split = [dict(zip(batch, rows)) for rows in zip(*(x.chunk(parts) for x in batch.values()))]
             split = split if kind == "textbook" else with_counts(split)  # a textbook pads to full length
             columns.append([to_device(part, run.device) for part in split])
         self.parts = list(zip(*columns))
+
+        # As train.train begins
         self.stage.to(run.device).train()
         train.freeze_unread(self.stage, self.parts[0], run)
         runtime.speed_up(self.stage, SimpleNamespace(recompute=recompute, compile=compile), run)

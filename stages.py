@@ -99,10 +99,13 @@ class Image(Stage):
         shares = data.sample_batches(len(source))
         views = data.pictures(source, shares, self.model.config.image_size, device)
         for numbers, image in zip(shares, views):
+            # The same patches are hidden at each measurement
             hidden = torch.stack([self.hide(random.Random(f"mask {i}")) for i in numbers])
             [batch] = with_counts([{"hidden": hidden}])
             batch = to_device(batch, device) | {"image": image}
             logits, codes = self.predict(batch)
+
+            # The model's guesses, and those from the nearest visible patch
             hidden = batch["hidden"]  # (n, N)
             labels, nearest = codes[hidden], nearest_visible(codes, hidden)[hidden]  # (M,)
             right, near = (logits.argmax(1) == labels).sum(), (nearest == labels).sum()

@@ -25,16 +25,22 @@ class Textbook(Stage):
     def forward(self, batch):
         image, text, mask, labels = (batch[name] for name in ("image", "text", "mask", "labels"))
         out = {}
+
+        # Image-text contrast: Eq. (3) and (4)
         same = losses.same_pairs(batch["ids"])  # (b, B)
         i2t = t2i = torch.zeros(same.shape, device=same.device)
         if "itc" in self.loss_weights:
             vectors = self.embed_image(image), self.embed_text(text, mask)
             i2t, t2i = losses.similarities(*vectors, self.model.scale())
             out["itc"] = losses.itc_loss(i2t, t2i, same)
+
+        # Masked language modeling
         if "mlm" in self.loss_weights:
             states = self.encode_pair(batch["masked"], mask, image)[:, : text.shape[1]]  # (b, T, D)
             logits, at = self.model.mlm_head(states), labels != IGNORE  # (b, T, V), (b, T)
             out["mlm"] = losses.masked_token_loss(logits[at], labels[at], at.sum())
+
+        # Image-text matching, with a hard negative for each text and for each image
         if "itm" in self.loss_weights:
             self.seed()
             candidate = losses.candidates(same, self.negatives)

@@ -55,6 +55,8 @@ def parse(stages, option, default, description):
     first.add_argument("--out", metavar="DIR", help="where the run goes")
     first.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     chosen, _ = first.parse_known_args()
+
+    # The checkpoint that a run goes on from, or begins with, and the stage
     name = chosen.stage or default
     out = chosen.out or f"runs/{name}"
     for path in (Path(out), *Path(out).parents):
@@ -90,6 +92,7 @@ def parse(stages, option, default, description):
     if start and start.resumed:
         defaults |= start.args | {"out": out, "allow_changes": False}  # allowed once
 
+    # All other flags, with the defaults of this very run
     parser = runtime.Parser(parents=[first], description=description)
     run_flags(parser, tuned=option == "--task")
     Stage.flags(parser, base)  # a flag of another stage is an "unrecognized argument"

@@ -161,6 +161,8 @@ def build(released, path, image_size=None, device="cpu"):
 def read_vlmo(state, heads=None, reach=REACH):
     """The state dict of a VLMo file → Released."""
     state = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
+
+    # Its architecture, as the shapes of its tensors tell
     layers, image_rows = count_blocks(state, r"blocks\.(\d+)\."), None
     if TABLE in state:
         rows, columns = state[TABLE].shape  # R, H·L
@@ -173,6 +175,7 @@ def read_vlmo(state, heads=None, reach=REACH):
         max_text_len=len(state[TEXT_POSITION]),
         text_reach=reach,
     )
+
     # The file's tensors: of a VLMo, of BERT's own types, and of a task's classifier
     task = next((task for task in TASKS if f"{task}_classifier.3.bias" in state), None)
     with torch.device("meta"):
@@ -185,6 +188,7 @@ def read_vlmo(state, heads=None, reach=REACH):
     added_to_words = "text_position" if image_rows is None else "words.weight"
     tensors[added_to_words] = tensors[added_to_words] + tensors.pop("word_types")[0]
 
+    # The classifier, and the stage that leaves such weights
     head = wanted.head if task else None
     if head:
         taken = {name: tensors.pop(f"head.{name}") for name in head.state_dict()}
