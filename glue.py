@@ -175,7 +175,10 @@ class GLUE(Task):
 
     def submission(self, predicted, source):
         """Lines of number and answer, below a header."""
-        answers = [self.choices[k] for k in predicted] if self.choices else predicted
+        if self.choices:
+            answers = [self.choices[k] for k in predicted]
+        else:
+            answers = [min(max(score, 0.0), 5.0) for score in predicted]  # the server refuses others
         return "index\tprediction\n" + "".join(f"{i}\t{answer}\n" for i, answer in enumerate(answers))
 
 

@@ -135,6 +135,11 @@ def test_from_official_files_to_a_submission(name, stages, tmp_path, monkeypatch
     refused(call, "evaluate", *ask, "--split", "test")  # nothing to measure, and nothing to write
 
 
+def test_submitted_scores_are_between_0_and_5():
+    stage = bare(glue.GLUE, VLMo(SMALL), choices=[])
+    assert stage.submission([5.07, -0.01, 2.5], None) == "index\tprediction\n0\t5.0\n1\t0.0\n2\t2.5\n"
+
+
 @pytest.mark.parametrize("choices, target", [([], [1.0, 4.5]), (["no", "yes"], [0, 1])])
 def test_the_loss_of_a_number_is_its_squared_error_and_of_a_class_cross_entropy(choices, target):
     stage = bare(glue.GLUE, VLMo(SMALL), head=torch.nn.Linear(24, max(1, len(choices))), choices=choices)
